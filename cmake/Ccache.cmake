@@ -1,0 +1,11 @@
+# Compiles through ccache when there is one.
+find_program(SCATTERMOE_CCACHE ccache)
+if(SCATTERMOE_CCACHE)
+    # ccache only caches files that use a precompiled header when told that its defines and times may be taken on trust.
+    set(_ccache "${CMAKE_COMMAND}" -E env CCACHE_SLOPPINESS=pch_defines,time_macros,include_file_mtime,include_file_ctime "${SCATTERMOE_CCACHE}")
+    foreach(_language CXX CUDA)
+        if(NOT DEFINED CMAKE_${_language}_COMPILER_LAUNCHER)
+            set(CMAKE_${_language}_COMPILER_LAUNCHER ${_ccache})
+        endif()
+    endforeach()
+endif()
