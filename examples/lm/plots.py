@@ -1,0 +1,168 @@
+"""The two pictures of a training run."""
+
+import math
+import string
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+
+from .training import History
+
+# Groups of byte values a newcomer would expect experts to tell apart.
+BYTE_CLASSES = {
+    "lower case": string.ascii_lowercase,
+    "upper case": string.ascii_uppercase,
+    "digits, _": string.digits + "_",
+    "brackets, quotes": "()[]{}'\"",
+    "other signs": "",  # whatever is left
+    "spaces": " \t",
+    "line ends": "\r\n",
+}
+CLASS_COLORS = ["#4c78a8", "#72b7b2", "#eeca3b", "#e45756", "#b279a2", "#bab0ac", "#59504a"]
+
+
+def _style() -> None:
+    plt.rcParams.update(
+        {
+            "figure.dpi": 150,
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlelocation": "left",
+            "axes.titleweight": "bold",
+            "legend.frameon": False,
+        }
+    )
+
+
+def _smooth(values: list[float], decay: float) -> list[float]:
+    """Exponential moving average without the pull towards zero at its start."""
+    smoothed, average, weight = [], 0.0, 0.0
+    for value in values:
+        average = decay * average + (1 - decay) * value
+        weight = decay * weight + (1 - decay)
+        smoothed.append(average / weight)
+    return smoothed
+
+
+def plot_loss(path: Path, history: History, bigram: float, final: float, title: str) -> None:
+    """Draws the training curve, the held-out losses along it, the bigram model's loss and, below, the balance.
+
+    Args:
+        path: the PNG to write.
+        history: what was noted at each step.
+        bigram: the bigram model's held-out loss in nats per byte.
+        final: the model's final held-out loss in nats per byte.
+        title: the figure's title.
+    """
+    _style()
+    figure, (loss_axes, balance_axes) = plt.subplots(
+        2, 1, figsize=(8, 5.6), sharex=True, height_ratios=[4, 1], constrained_layout=True
+    )
+    steps = range(1, len(history.train_loss) + 1)
+    decay = 1 - 1 / max(2, min(20, len(history.train_loss) // 20))
+    loss_axes.plot(steps, history.train_loss, color="#4c78a8", alpha=0.25, linewidth=0.8)
+    loss_axes.plot(steps, _smooth(history.train_loss, decay), color="#4c78a8", linewidth=1.8, label="training text")
+    loss_axes.plot(
+        history.held_out_step, history.held_out_loss, "o-", color="#e45756", ms=4, linewidth=1, label="held-out text"
+    )
+    loss_axes.axhline(bigram, color="#59504a", linestyle="--", linewidth=1.2)
+    # The first steps, at the loss of a uniform guess, would flatten everything of interest.
+    bottom = min(history.held_out_loss + history.train_loss)
+    top = max(bigram * 1.35, 1.15 * min(history.train_loss[-1], final))
+    loss_axes.set_ylim(bottom - 0.08 * (top - bottom), top)
+    loss_axes.annotate(
+        f"byte-bigram model, held out: {bigram:.3f}",
+        (1, bigram),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="right",
+        color="#59504a",
+    )
+    loss_axes.annotate(
+        f"{final:.3f}",
+        (history.held_out_step[-1], history.held_out_loss[-1]),
+        xytext=(0, 8),
+        textcoords="offset points",
+        ha="right",
+        color="#e45756",
+        weight="bold",
+    )
+    loss_axes.set_ylabel("nats per byte")
+    bits = loss_axes.secondary_yaxis("right", functions=(lambda x: x / math.log(2), lambda x: x * math.log(2)))
+    bits.set_ylabel("bits per byte")
+    bits.spines["right"].set_visible(True)
+    loss_axes.set_title(title)
+    loss_axes.legend(loc="upper right", bbox_to_anchor=(1.0, 0.98))
+    loss_axes.grid(axis="y", alpha=0.25)
+
+    balance_axes.plot(steps, [100 * value for value in history.balance], color="#54a24b", linewidth=1.2)
+    balance_axes.set_ylim(0, 105)
+    balance_axes.set_yticks([0, 50, 100])
+    balance_axes.set_ylabel("balance (%)")
+    balance_axes.set_xlabel("step")
+    balance_axes.grid(axis="y", alpha=0.25)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _class_of_bytes() -> Tensor:
+    """The index into BYTE_CLASSES of each byte value, int64 [256]."""
+    classes = list(BYTE_CLASSES)
+    table = torch.full((256,), classes.index("other signs"))
+    for index, members in enumerate(BYTE_CLASSES.values()):
+        for character in members:
+            table[ord(character)] = index
+    return table
+
+
+def plot_expert_load(path: Path, layers: list[tuple[str, Tensor]], inputs: Tensor, title: str) -> None:
+    """Draws, for each sparse layer, the share of the choices each expert got and what kinds of bytes they were.
+
+    Args:
+        path: the PNG to write.
+        layers: per sparse layer its name ("attention" or "mlp") and the experts chosen, int64 [tokens, top_k].
+        inputs: the bytes the choices were made at, int64 of `tokens` elements.
+        title: the figure's title.
+    """
+    _style()
+    byte_class = _class_of_bytes()[inputs.reshape(-1)]
+    kinds = [name for name in ("attention", "mlp") if any(name == layer for layer, _ in layers)]
+    columns = {kind: [chosen for name, chosen in layers if name == kind] for kind in kinds}
+    depth = max(len(chosen) for chosen in columns.values())
+    experts = {kind: max(int(chosen.max()) + 1 for chosen in columns[kind]) for kind in kinds}
+    figure, axes = plt.subplots(
+        depth, len(kinds), figsize=(10, 0.9 + 1.5 * depth), squeeze=False, sharey="col", constrained_layout=True
+    )
+    for column, kind in enumerate(kinds):
+        for row, chosen in enumerate(columns[kind]):
+            panel, count = axes[row, column], experts[kind]
+            cells = byte_class[:, None] * count + chosen
+            load = torch.bincount(cells.reshape(-1), minlength=len(BYTE_CLASSES) * count)
+            share = 100 * load.view(len(BYTE_CLASSES), count).double() / chosen.numel()  # [classes, experts]
+            bottom = torch.zeros(count, dtype=torch.double)
+            for index, (label, color) in enumerate(zip(BYTE_CLASSES, CLASS_COLORS, strict=True)):
+                panel.bar(range(count), share[index], bottom=bottom, color=color, width=0.82, label=label)
+                bottom += share[index]
+            panel.axhline(100 / count, color="black", linestyle=":", linewidth=1)
+            panel.set_xticks(range(count))
+            panel.tick_params(axis="x", length=0, labelsize=8)
+            panel.set_xlim(-0.6, count - 0.4)
+            if column == 0:
+                panel.set_ylabel(f"layer {row + 1}\n% of slots")
+            if row == 0:
+                name = "attention experts" if kind == "attention" else "MLP experts"
+                panel.set_title(f"{name} (each token takes {chosen.shape[1]} of {count})")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    handles.append(plt.Line2D([], [], color="black", linestyle=":", linewidth=1))
+    labels.append("an even share")
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, columnspacing=1.2)
+    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    figure.savefig(path)
+    plt.close(figure)
