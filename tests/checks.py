@@ -1,0 +1,219 @@
+"""Runs one case through the library and through the reference and compares the results and every gradient asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import scattermoe
+from tests import reference
+from tests.cases import Case, Combine, Gating, Linear, Mlp, make, make_ids, mlp_tensors, seed_of, to_device
+from tests.tolerances import FLOOR, ROUNDINGS, assert_close, bound, roundoff, row_error
+
+
+def on_device(tensors: dict[str, Tensor | None], device: str, wanted: tuple[str, ...]) -> dict[str, Tensor | None]:
+    """The tensors on `device`, those in `wanted` as leaves that require a gradient."""
+    moved = {name: None if t is None else to_device(t, device).detach() for name, t in tensors.items()}
+    for name in wanted:
+        if moved.get(name) is not None:
+            moved[name].requires_grad_()
+    return moved
+
+
+def compare(
+    op: str,
+    call: Callable[[dict[str, Tensor | None]], Tensor],
+    oracle: Callable[[dict[str, Tensor | None]], Tensor],
+    tensors: dict[str, Tensor | None],
+    case: Linear | Combine | Mlp,
+    lengths: dict[str, int],
+) -> None:
+    """Forward and the gradients in case.grads of `call` against `oracle`."""
+    inputs = on_device(tensors, case.device, case.grads)
+    y = call(inputs)
+    leaves = {name: reference.leaf(t) for name, t in tensors.items()}
+    expected = oracle(leaves)
+    rounding = ROUNDINGS[op]
+
+    def check(name: str, label: str, actual: Tensor, ref: Tensor, like: Tensor) -> None:
+        assert actual.dtype == like.dtype, f"{label}: expected {like.dtype}, got {actual.dtype}"
+        assert actual.device.type == torch.device(case.device).type, f"{label} is on {actual.device}"
+        # Gates in float32 beside activations in bfloat16 carry the activations' roundings, and the other way round.
+        mixed = [actual.dtype, case.dtype, case.gates] if isinstance(case, Mlp) else [actual.dtype]
+        worst = max(mixed, key=roundoff)
+        assert_close(f"{op} {label}", actual, ref, lengths[name], rounding[name], worst)
+
+    first = next(iter(tensors.values()))
+    check("y", "y", y, expected, first)
+    wanted = [name for name in case.grads if inputs.get(name) is not None]
+    assert y.requires_grad == bool(wanted)
+    if not wanted:
+        return
+    grad = make(tuple(expected.shape), case.dtype, seed_of(case) + 99, 1.0, case.grad_layout)
+    found = torch.autograd.grad(y, [inputs[name] for name in wanted], to_device(grad, case.device))
+    correct = reference.gradients(expected, [leaves[name] for name in wanted], grad)
+    for name, actual, ref in zip(wanted, found, correct, strict=True):
+        check(name, f"grad {name}", actual, ref, inputs[name])
+
+
+def check_linear(case: Linear) -> None:
+    seed = seed_of(case)
+    ids = make_ids(case.tokens, case.top_k, case.experts, case.routing, seed, case.id_dtype)
+    ids = ids.reshape(-1) if case.flat_ids and case.top_k == 1 else ids
+    slots = case.tokens * case.top_k
+    tensors = {
+        "x": make((case.tokens if case.rows == "token" else slots, case.n_in), case.dtype, seed + 1, 1.0, case.x_layout),
+        "weight": make(
+            (case.experts, case.n_out, case.n_in), case.dtype, seed + 2, max(case.n_in, 1) ** -0.5, case.weight_layout
+        ),
+        "bias": make((case.experts, case.n_out), case.dtype, seed + 3) if case.bias else None,
+    }
+    routing = scattermoe.route(ids.to(case.device), case.experts)
+
+    def call(t: dict[str, Tensor | None]) -> Tensor:
+        return scattermoe.parallel_linear(
+            t["x"],
+            t["weight"],
+            routing,
+            bias=t["bias"],
+            grouped_in=case.rows == "grouped",
+            grouped_out=case.grouped_out,
+        )
+
+    def oracle(t: dict[str, Tensor | None]) -> Tensor:
+        return reference.parallel_linear(t["x"], t["weight"], t["bias"], ids, case.rows, case.grouped_out)
+
+    lengths = {"y": case.n_in + 1, "x": case.n_out * case.top_k, "weight": slots, "bias": slots}
+    compare("parallel_linear", call, oracle, tensors, case, lengths)
+
+
+def check_combine(case: Combine) -> None:
+    seed = seed_of(case)
+    ids = make_ids(case.tokens, case.top_k, case.experts, case.routing, seed)
+    gates = None
+    if case.gates is not None:
+        gates = make((case.tokens, case.top_k), case.gates, seed + 2, 1.0, case.gates_layout)
+    rows = make((case.tokens * case.top_k, case.width), case.dtype, seed + 1, 1.0, case.rows_layout)
+    routing = scattermoe.route(ids.to(case.device), case.experts)
+    compare(
+        "combine",
+        lambda t: scattermoe.combine(t["rows"], t["gates"], routing, grouped=case.grouped),
+        lambda t: reference.combine(t["rows"], t["gates"], ids, case.experts, case.grouped),
+        {"rows": rows, "gates": gates},
+        case,
+        {"y": case.top_k, "rows": 1, "gates": case.width},
+    )
+
+
+def check_mlp(case: Mlp) -> None:
+    seed = seed_of(case)
+    ids = make_ids(case.tokens, case.top_k, case.experts, case.routing, seed)
+    routing = scattermoe.route(ids.to(case.device), case.experts)
+
+    def call(t: dict[str, Tensor | None]) -> Tensor:
+        return scattermoe.moe_mlp(
+            t["x"],
+            t["w_up"],
+            t["w_down"],
+            t["gates"],
+            routing,
+            activation=case.activation,
+            glu_layout=case.glu_layout,
+            up_bias=t["b_up"],
+            down_bias=t["b_down"],
+            limit=case.limit,
+        )
+
+    def oracle(t: dict[str, Tensor | None]) -> Tensor:
+        return reference.moe_mlp(
+            t["x"],
+            t["w_up"],
+            t["b_up"],
+            t["w_down"],
+            t["b_down"],
+            t["gates"],
+            ids,
+            case.activation,
+            case.glu_layout,
+            limit=case.limit,
+        )
+
+    slots = case.tokens * case.top_k
+    n_out = case.hidden if case.n_out is None else case.n_out
+    inner = case.hidden + case.up_rows + n_out
+    lengths = {
+        "y": inner + case.top_k,
+        "x": inner + case.top_k,
+        "w_up": inner + slots,
+        "b_up": inner + slots,
+        "w_down": inner + slots,
+        "b_down": slots,
+        "gates": inner,
+    }
+    compare("moe_mlp", call, oracle, mlp_tensors(case, seed), case, lengths)
+
+
+def check_gating(case: Gating) -> None:
+    seed = seed_of(case)
+    logits = make((case.tokens, case.experts), case.dtype, seed + 1, 1.5, case.layout)
+    selection_bias = make((case.experts,), torch.float32, seed + 2, 0.3) if case.selection_bias else None
+    given = to_device(logits, case.device).detach().requires_grad_()
+    gates, expert_ids = scattermoe.topk_gating(
+        given,
+        case.k,
+        scoring=case.scoring,
+        normalize=case.normalize,
+        selection_bias=None if selection_bias is None else selection_bias.to(case.device),
+        num_groups=case.num_groups,
+        top_groups=case.top_groups,
+        scale=case.scale,
+    )
+    compute = torch.float64 if case.dtype == torch.float64 else torch.float32
+    assert gates.dtype == compute
+    assert expert_ids.dtype == torch.int64
+    assert gates.shape == expert_ids.shape == (case.tokens, case.k)
+    assert gates.requires_grad and not expert_ids.requires_grad
+
+    ids = expert_ids.cpu()
+    leaf = reference.leaf(logits)
+    bias = None if selection_bias is None else selection_bias.double()
+    chosen, margins = reference.topk_choice(
+        leaf, case.k, case.scoring, bias, case.num_groups, case.top_groups
+    )
+    # The choice itself, wherever arithmetic of this precision cannot turn it around.
+    close = bound(compute, case.experts, 2)
+    for token, (experts, margin) in enumerate(zip(chosen, margins, strict=True)):
+        row = ids[token].tolist()
+        assert len(set(row)) == case.k and all(0 <= e < case.experts for e in row), f"token {token} chose {row}"
+        if margin > close:
+            assert set(row) == experts, f"token {token} chose {row}, reference {sorted(experts)}"
+    assert bool((gates[:, 1:] <= gates[:, :-1]).all()), "gates are not descending"
+
+    rounding = ROUNDINGS["topk_gating"]
+    expected = reference.gates_of(leaf, ids, case.scoring, case.normalize, case.scale)
+    assert_close("topk_gating gates", gates, expected, case.experts, rounding["gates"])
+    grad = make((case.tokens, case.k), compute, seed + 3, 1.0, case.grad_layout)
+    (found,) = torch.autograd.grad(gates, given, to_device(grad, case.device))
+    (correct,) = reference.gradients(expected, [leaf], grad)
+    assert found.dtype == case.dtype
+    # A renormalised single gate is 1 whatever its logit: its gradient is a difference of equal terms of this size.
+    size = (expected.detach() * grad.double()).norm(dim=1).square().mean().sqrt() if case.tokens else 0.0
+    error = row_error(found, correct, smallest=FLOOR * float(size))
+    limit = bound(compute, case.experts, rounding["logits"]) + bound(case.dtype, 1, 1)
+    assert error <= limit, f"topk_gating grad logits: per-row relative error {error:.3g} is above {limit:.3g}"
+
+
+CHECKS: dict[type, Callable[..., None]] = {
+    Linear: check_linear,
+    Combine: check_combine,
+    Mlp: check_mlp,
+    Gating: check_gating,
+}
+
+
+def check(case: Case) -> None:
+    """Runs the check that belongs to the case's type."""
+    CHECKS[type(case)](case)
+

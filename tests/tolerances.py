@@ -1,0 +1,96 @@
+"""How far a result may be from the float64 reference, derived once for the whole suite.
+
+Measure. A tensor's error is the largest over its rows (vectors along the last dimension) of
+
+    ||row - ref|| / max(||ref||, r / 4)
+
+where r is the root mean square of the norms of the reference's nonzero rows. The floor is for short rows: one number that
+cancelled to nearly nothing has no small relative error in any arithmetic, and its neighbours say what it is made of. A row
+that is exactly zero in the reference (a sentinel's, an empty expert's) must be exactly zero.
+
+Bound. Let u be the unit roundoff of a dtype (half its eps). A sum of L random terms of size a, added one by one in a format
+of roundoff v, has partial sums of size a sqrt(i), each rounded: errors add up to about v a sqrt(sum i) = v a L / sqrt(2),
+which is v sqrt(L / 2) of the sum's own size a sqrt(L). Every rounding to the tensor's dtype on the way (a stored
+intermediate result, the output) adds at most u. With n such roundings
+
+    bound = 4 (v sqrt(L) + n u)
+
+where v is the roundoff of the accumulator: float32 for bfloat16 and float16, else the dtype's own. The factor 4 covers the
+floor above (1/4) and the step from a typical row to the worst of thousands. For bfloat16 the second term rules, so an
+accumulation in bfloat16 over L = 64 terms (n = 8 in effect) already stands out.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+SAFETY = 4.0
+FLOOR = 0.25
+
+# Roundings to the tensor's dtype between the inputs and each result, when every intermediate result that the design keeps
+# or may keep in memory is stored in that dtype.
+#   parallel_linear: the result itself; a gradient likewise. In a scattered layout with K > 1, grad x sums K stored rows.
+#   combine: the result itself.
+#   moe_mlp forward: z, A (z counts twice: a product of two rounded halves), the rows of the down-projection, y.
+#   moe_mlp backward: grad y is exact; dA', z (twice), dz or g*A, and the gradient; grad x has one more for the rows summed.
+ROUNDINGS = {
+    "parallel_linear": {"y": 1, "x": 2, "weight": 1, "bias": 1},
+    "combine": {"y": 1, "rows": 1, "gates": 1},
+    "moe_mlp": {"y": 5, "z": 1, "x": 6, "w_up": 5, "b_up": 5, "w_down": 5, "b_down": 2, "gates": 5},
+    "topk_gating": {"gates": 2, "logits": 2},
+}
+
+
+def roundoff(dtype: torch.dtype) -> float:
+    """Largest relative error of rounding to nearest in `dtype`."""
+    return torch.finfo(dtype).eps / 2
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over `dtype` are formed."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def bound(dtype: torch.dtype, length: int, roundings: int) -> float:
+    """Largest allowed error of a result in `dtype` with sums of `length` terms and `roundings` stored results on the way."""
+    return SAFETY * (roundoff(accumulator(dtype)) * math.sqrt(max(length, 1)) + roundings * roundoff(dtype))
+
+
+def row_error(actual: Tensor, reference: Tensor, smallest: float = 0.0) -> float:
+    """The measure above; infinite where one has NaN or infinity and the other has not, or misses an exact zero row.
+
+    `smallest` is a further floor, for results that are differences of much larger numbers.
+    """
+    actual = actual.detach().to("cpu", torch.float64)
+    assert actual.shape == reference.shape, f"shape {tuple(actual.shape)}, reference {tuple(reference.shape)}"
+    if reference.numel() == 0:
+        return 0.0
+    width = reference.size(-1) if reference.dim() else 1
+    actual, reference = actual.reshape(-1, width), reference.detach().reshape(-1, width)
+    finite = reference.isfinite()
+    same = (actual.isnan() == reference.isnan()) & (finite | reference.isnan() | (actual == reference))
+    if not bool((same & (actual.isfinite() == finite)).all()):
+        return math.inf
+    actual, reference = actual.where(finite, 0.0), reference.where(finite, 0.0)
+    norms = reference.norm(dim=1)
+    error = (actual - reference).norm(dim=1)
+    if smallest == 0.0 and bool((error[norms == 0] > 0).any()):
+        return math.inf
+    nonzero = norms[norms > 0]
+    typical = float(nonzero.square().mean().sqrt()) if nonzero.numel() else 0.0
+    floor = max(FLOOR * typical, smallest)
+    return float((error / norms.clamp_min(floor)).max()) if floor > 0 else 0.0
+
+
+def assert_close(
+    name: str, actual: Tensor, reference: Tensor, length: int, roundings: int, dtype: torch.dtype | None = None
+) -> None:
+    """Fails with the measured error and the bound when `actual` is too far from `reference`.
+
+    `dtype` is the coarsest dtype on the way when it is not that of `actual`.
+    """
+    dtype = actual.dtype if dtype is None else dtype
+    limit = bound(dtype, length, roundings)
+    error = row_error(actual, reference)
+    assert error <= limit, f"{name}: per-row relative error {error:.3g} is above {limit:.3g} ({dtype}, length {length})"
