@@ -1,0 +1,218 @@
+"""The Mixture-of-Experts layer: router, experts and an optional shared expert."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .experts import Experts, SharedExpert
+from .losses import BALANCES, MoEAux, router_aux
+from .router import TopKRouter
+
+__all__ = ["MoE", "MoEAux"]
+
+
+class MoE(nn.Module):
+    """A feed-forward layer of E experts of which each token uses K.
+
+    ``y = sum_j gate_j * expert_j(x)``, plus the shared expert if there is one.
+
+    Args:
+        hidden_size: H, width of the tokens.
+        intermediate_size: I, width of each expert.
+        num_experts: E.
+        top_k: K, experts per token; at most E.
+        activation: ``"swiglu"``, ``"geglu"``, ``"geglu_tanh"``, ``"reglu"``, ``"swiglu_clamped"``, ``"silu"``, ``"gelu"``,
+            ``"gelu_tanh"``, ``"relu"``, ``"relu2"`` or ``"identity"``.
+        glu_layout: order of a gated up-projection's rows: ``"gate_up"``, ``"up_gate"`` or ``"interleaved"``.
+        bias: give the experts biases.
+        alpha: slope of ``"swiglu_clamped"``.
+        limit: clamp of ``"swiglu_clamped"``.
+        router_bias: give the router a bias.
+        scoring: ``"softmax"`` or ``"sigmoid"``.
+        normalize_gates: make a token's gates add up to one; None does so when ``top_k > 1``. See :class:`TopKRouter`.
+        selection_bias: keep DeepSeek-V3's bias for balancing without a loss; see :meth:`update_selection_bias`.
+        num_groups: groups of experts for group-limited routing.
+        top_groups: how many groups serve a token.
+        scale: factor on all gates.
+        jitter: multiplicative noise on the router's input in training.
+        shared_intermediate_size: width of a shared expert; None for no shared expert.
+        shared_gate: scale the shared expert's output by a sigmoid of a learned projection (Qwen2-MoE).
+        aux_losses: compute ``load_balancing_loss`` and ``z_loss``; False leaves them None and saves their time.
+        balance: balance over the ``"batch"`` or within each ``"sequence"`` (input ``[B, S, H]``).
+        init_std: standard deviation of the initial weights.
+        device: where to create the parameters; ``"meta"`` works, follow it by ``to_empty`` and ``reset_parameters``.
+        dtype: floating dtype of the parameters.
+
+    State dict, named as in the fused checkpoints of Mixtral, Qwen2/3-MoE and OLMoE, so that their blocks load unchanged:
+
+    ================================== ================ ======================================================
+    ``gate.weight``                    ``[E, H]``       router; ``gate.bias`` ``[E]`` with ``router_bias``
+    ``gate.e_score_correction_bias``   ``[E]``          buffer, with ``selection_bias``
+    ``experts.gate_up_proj``           ``[E, 2I, H]``   ``experts.up_proj`` ``[E, I, H]`` for a plain activation
+    ``experts.down_proj``              ``[E, H, I]``
+    ``experts.gate_up_proj_bias``      ``[E, 2I]``      with ``bias``; also ``experts.down_proj_bias`` ``[E, H]``
+    ``shared_expert.gate_proj.weight`` ``[I', H]``      and ``up_proj``, ``down_proj``
+    ``shared_expert_gate.weight``      ``[1, H]``       with ``shared_gate``
+    ================================== ================ ======================================================
+
+    Raises:
+        ValueError: ``top_k`` above ``num_experts``, an unknown name, groups that do not fit, ``shared_gate`` without a
+            shared expert.
+
+    Example::
+
+        >>> moe = MoE(hidden_size=16, intermediate_size=32, num_experts=8, top_k=2)
+        >>> y, aux = moe(torch.randn(2, 5, 16))
+        >>> y.shape, aux.expert_load.sum()
+        (torch.Size([2, 5, 16]), tensor(20))
+        >>> loss = y.square().mean() + 0.01 * aux.load_balancing_loss + 0.001 * aux.z_loss
+        >>> loss.backward()
+
+    Source: Switch Transformer, https://arxiv.org/abs/2101.03961; Scattered Mixture-of-Experts,
+    https://arxiv.org/abs/2403.08245; DeepSeek-V3, https://arxiv.org/abs/2412.19437.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        activation: str = "swiglu",
+        glu_layout: str = "gate_up",
+        bias: bool = False,
+        alpha: float = 1.702,
+        limit: float = 7.0,
+        router_bias: bool = False,
+        scoring: str = "softmax",
+        normalize_gates: bool | str | None = None,
+        selection_bias: bool = False,
+        num_groups: int = 1,
+        top_groups: int = 1,
+        scale: float = 1.0,
+        jitter: float = 0.0,
+        shared_intermediate_size: int | None = None,
+        shared_gate: bool = False,
+        aux_losses: bool = True,
+        balance: str = "batch",
+        init_std: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if balance not in BALANCES:
+            raise ValueError(f"expected balance to be one of {', '.join(BALANCES)}, got {balance!r}")
+        if shared_gate and shared_intermediate_size is None:
+            raise ValueError("expected shared_intermediate_size with shared_gate=True, got None")
+        self.hidden_size = hidden_size
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.aux_losses = aux_losses
+        self.balance = balance
+        self.init_std = init_std
+        self.gate = TopKRouter(
+            hidden_size,
+            num_experts,
+            top_k,
+            scoring=scoring,
+            normalize_gates=normalize_gates,
+            selection_bias=selection_bias,
+            num_groups=num_groups,
+            top_groups=top_groups,
+            scale=scale,
+            jitter=jitter,
+            bias=router_bias,
+            init_std=init_std,
+            device=device,
+            dtype=dtype,
+        )
+        expert_options = {
+            "activation": activation,
+            "bias": bias,
+            "alpha": alpha,
+            "limit": limit,
+            "init_std": init_std,
+            "device": device,
+            "dtype": dtype,
+        }
+        self.experts = Experts(num_experts, hidden_size, intermediate_size, glu_layout=glu_layout, **expert_options)
+        self.shared_expert = None
+        self.shared_expert_gate = None
+        if shared_intermediate_size is not None:
+            self.shared_expert = SharedExpert(hidden_size, shared_intermediate_size, **expert_options)
+        if shared_gate:
+            self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
+            nn.init.normal_(self.shared_expert_gate.weight, std=init_std)
+
+    @property
+    def router(self) -> TopKRouter:
+        """The router, which the state dict calls ``gate`` as checkpoints do."""
+        return self.gate
+
+    def reset_parameters(self) -> None:
+        """Initialise everything again, for instance after ``MoE(..., device="meta").to_empty(device="cpu")``."""
+        self.gate.reset_parameters()
+        self.experts.reset_parameters()
+        if self.shared_expert is not None:
+            self.shared_expert.reset_parameters()
+        if self.shared_expert_gate is not None:
+            nn.init.normal_(self.shared_expert_gate.weight, std=self.init_std)
+
+    def update_selection_bias(self, expert_load: Tensor, rate: float = 1e-3) -> None:
+        """Move the router's selection bias one step towards balance; see :func:`scattermoe.router.update_selection_bias`.
+
+        Args:
+            expert_load: ``[E]`` slots per expert since the last step, summed over data-parallel ranks.
+            rate: size of the step.
+
+        Raises:
+            RuntimeError: the layer was built without ``selection_bias=True``.
+        """
+        self.gate.update_selection_bias(expert_load, rate)
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, MoEAux]:
+        """Run the layer.
+
+        Args:
+            x: tokens ``[..., H]``.
+            token_mask: bool ``[...]``, False for padding: such a token goes to no expert (the shared one still sees it),
+                costs nothing, and is left out of the losses and the load.
+
+        Returns:
+            ``(y, aux)``: y ``[..., H]`` in x's dtype (autocast's dtype under autocast), and :class:`MoEAux`.
+
+        Raises:
+            ValueError: x's last dimension is not ``hidden_size``, or the mask does not fit.
+        """
+        if x.dim() < 1 or x.size(-1) != self.hidden_size:
+            raise ValueError(f"expected x of shape [..., {self.hidden_size}], got {list(x.shape)}")
+        leading = x.shape[:-1]
+        tokens = x.reshape(-1, self.hidden_size)
+        gates, expert_ids, logits = self.gate(tokens)
+        if token_mask is not None:
+            if token_mask.shape != leading:
+                raise ValueError(
+                    f"expected token_mask.shape == x.shape[:-1], got {list(token_mask.shape)} and {list(leading)}"
+                )
+            token_mask = token_mask.bool()
+            expert_ids = expert_ids.where(token_mask.reshape(-1, 1), self.num_experts)
+        routing = functional.route(expert_ids, self.num_experts)
+        y = self.experts(tokens, gates, routing)
+        if self.shared_expert is not None:
+            shared = self.shared_expert(tokens)
+            if self.shared_expert_gate is not None:
+                shared = self.shared_expert_gate(tokens).sigmoid() * shared
+            y = y + shared
+        aux = router_aux(
+            logits.reshape((*leading, self.num_experts)),
+            expert_ids.reshape((*leading, self.top_k)),
+            routing.expert_offsets,
+            scoring=self.gate.scoring,
+            balance=self.balance,
+            token_mask=token_mask,
+            losses=self.aux_losses,
+        )
+        return y.reshape(x.shape), aux
