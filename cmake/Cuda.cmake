@@ -36,13 +36,16 @@ if(SCATTERMOE_CUDA_ENABLED)
     endif()
     # The architectures are flags of each source file: those of csrc/kernels/sm90 are not those of the others.
     set(CMAKE_CUDA_ARCHITECTURES OFF)
-    set(CMAKE_CUDA_STANDARD 20)
-    set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-    set(CMAKE_CUDA_EXTENSIONS OFF)
-    set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
     # One CUDA runtime in the process: the one PyTorch has loaded.
     set(CMAKE_CUDA_RUNTIME_LIBRARY Shared)
     enable_language(CUDA)
+    # CMake before 3.26 does not know that nvcc has C++20.
+    if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
+        set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+        set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
+    endif()
+    set(CMAKE_CUDA_STANDARD 20)
+    set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
     find_package(CUDAToolkit REQUIRED)
 
     string(REGEX MATCH "^[0-9]+" _torch_cuda_major "${SCATTERMOE_TORCH_CUDA}")
