@@ -1,0 +1,45 @@
+"""Sparse Mixture-of-Experts for PyTorch without moving tokens: scattered grouped GEMMs and modules on top of them."""
+
+from . import _library
+
+_C = _library.load()
+
+from . import kernels, mlp, parallel_experts  # noqa: E402  (they use the operators that load() registers)
+from .attention import MixtureOfAttention  # noqa: E402
+from .cache import KVCache, StaticKVCache  # noqa: E402
+from .experts import Experts, SharedExpert  # noqa: E402
+from .functional import Routing, combine, moe_mlp, parallel_linear, route, topk_gating  # noqa: E402
+from .losses import load_balancing_loss, router_z_loss  # noqa: E402
+from .mlp import GLUMLP, MLP  # noqa: E402
+from .moe import MoE, MoEAux  # noqa: E402
+from .parallel_experts import ParallelExperts, flatten_sort_count  # noqa: E402
+from .router import TopKRouter, update_selection_bias  # noqa: E402
+
+__version__: str = _C.build_info()["version"]
+
+__all__ = [
+    "GLUMLP",
+    "MLP",
+    "Experts",
+    "KVCache",
+    "MixtureOfAttention",
+    "MoE",
+    "MoEAux",
+    "ParallelExperts",
+    "Routing",
+    "SharedExpert",
+    "StaticKVCache",
+    "TopKRouter",
+    "combine",
+    "flatten_sort_count",
+    "kernels",
+    "load_balancing_loss",
+    "mlp",
+    "moe_mlp",
+    "parallel_experts",
+    "parallel_linear",
+    "route",
+    "router_z_loss",
+    "topk_gating",
+    "update_selection_bias",
+]
