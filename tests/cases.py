@@ -178,7 +178,7 @@ class Mlp(Shown):
     routing: str = "uniform"
     biases: tuple[str, ...] = ("b_up", "b_down")
     dtype: torch.dtype = torch.float64
-    gates: torch.dtype = torch.float64
+    gates: torch.dtype | None = None  # the dtype of the gates; None is that of x
     limit: float = 1.0
     x_layout: str = "contiguous"
     weight_layout: str = "contiguous"
@@ -246,5 +246,5 @@ def mlp_tensors(case: Mlp, seed: int) -> dict[str, Tensor | None]:
         "b_up": b_up if "b_up" in case.biases else None,
         "w_down": make((e, n_out, i), case.dtype, seed + 4, max(i, 1) ** -0.5, case.weight_layout),
         "b_down": make((e, n_out), case.dtype, seed + 5, 0.5) if "b_down" in case.biases else None,
-        "gates": arrange(gates.to(case.gates), case.gates_layout),
+        "gates": arrange(gates.to(case.gates or case.dtype), case.gates_layout),
     }

@@ -57,6 +57,13 @@ def bound(dtype: torch.dtype, length: int, roundings: int) -> float:
     return SAFETY * (roundoff(accumulator(dtype)) * math.sqrt(max(length, 1)) + roundings * roundoff(dtype))
 
 
+def rms_norm(rows: Tensor) -> float:
+    """Root mean square of the norms of the nonzero rows of a matrix."""
+    norms = rows.norm(dim=1)
+    nonzero = norms[norms > 0]
+    return float(nonzero.square().mean().sqrt()) if nonzero.numel() else 0.0
+
+
 def row_error(actual: Tensor, reference: Tensor, smallest: float = 0.0) -> float:
     """The measure above; infinite where one has NaN or infinity and the other has not, or misses an exact zero row.
 
@@ -77,20 +84,24 @@ def row_error(actual: Tensor, reference: Tensor, smallest: float = 0.0) -> float
     error = (actual - reference).norm(dim=1)
     if smallest == 0.0 and bool((error[norms == 0] > 0).any()):
         return math.inf
-    nonzero = norms[norms > 0]
-    typical = float(nonzero.square().mean().sqrt()) if nonzero.numel() else 0.0
-    floor = max(FLOOR * typical, smallest)
+    floor = max(FLOOR * rms_norm(reference), smallest)
     return float((error / norms.clamp_min(floor)).max()) if floor > 0 else 0.0
 
 
 def assert_close(
-    name: str, actual: Tensor, reference: Tensor, length: int, roundings: int, dtype: torch.dtype | None = None
+    name: str,
+    actual: Tensor,
+    reference: Tensor,
+    length: int,
+    roundings: int,
+    dtype: torch.dtype | None = None,
+    smallest: float = 0.0,
 ) -> None:
     """Fails with the measured error and the bound when `actual` is too far from `reference`.
 
-    `dtype` is the coarsest dtype on the way when it is not that of `actual`.
+    `dtype` is the coarsest dtype on the way when it is not that of `actual`; `smallest` as in `row_error`.
     """
     dtype = actual.dtype if dtype is None else dtype
     limit = bound(dtype, length, roundings)
-    error = row_error(actual, reference)
+    error = row_error(actual, reference, smallest)
     assert error <= limit, f"{name}: per-row relative error {error:.3g} is above {limit:.3g} ({dtype}, length {length})"
