@@ -39,7 +39,16 @@ def both(
         for parameter in theirs.parameters():
             parameter.normal_(std=0.3)
     ours = MixtureOfAttention(
-        HIDDEN, EXPERTS, top_k, HEADS, WIDTH, bias=True, rope_theta=THETA, normalize_gates=True, device=device, dtype=dtype
+        HIDDEN,
+        EXPERTS,
+        top_k,
+        HEADS,
+        WIDTH,
+        bias=True,
+        rope_theta=THETA,
+        normalize_gates=True,
+        device=device,
+        dtype=dtype,
     )
     state = theirs.state_dict()
     ours.load_state_dict({name: state[JETMOE_KEYS[name]] for name in ours.state_dict()})
@@ -58,7 +67,9 @@ def their_mask(x: Tensor, padding: Tensor | None, positions: Tensor, past: Dynam
     )
 
 
-def compare_gradients(ours: MixtureOfAttention, theirs: torch.nn.Module, y: Tensor, out: Tensor, x: Tensor, tol: dict) -> None:
+def compare_gradients(
+    ours: MixtureOfAttention, theirs: torch.nn.Module, y: Tensor, out: Tensor, x: Tensor, tol: dict
+) -> None:
     weight = torch.randn_like(y)
     names = list(dict(ours.named_parameters()))
     mine, other = dict(ours.named_parameters()), dict(theirs.named_parameters())

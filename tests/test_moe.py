@@ -327,7 +327,9 @@ def test_meta_device_then_reset(device: str) -> None:
 
 
 def test_state_dict_names_and_copies() -> None:
-    moe = MoE(8, 4, 4, 2, bias=True, router_bias=True, selection_bias=True, shared_intermediate_size=6, shared_gate=True)
+    moe = MoE(
+        8, 4, 4, 2, bias=True, router_bias=True, selection_bias=True, shared_intermediate_size=6, shared_gate=True
+    )
     shapes = {name: list(value.shape) for name, value in moe.state_dict().items()}
     assert shapes == {
         "gate.weight": [4, 8],
@@ -345,7 +347,11 @@ def test_state_dict_names_and_copies() -> None:
         "shared_expert.down_proj.bias": [8],
         "shared_expert_gate.weight": [1, 8],
     }
-    assert set(MoE(8, 4, 4, 2, activation="relu2").state_dict()) == {"gate.weight", "experts.up_proj", "experts.down_proj"}
+    assert set(MoE(8, 4, 4, 2, activation="relu2").state_dict()) == {
+        "gate.weight",
+        "experts.up_proj",
+        "experts.down_proj",
+    }
     assert moe.router is moe.gate
     x = torch.randn(3, 8)
     want = moe(x)[0]
@@ -458,7 +464,9 @@ def test_compile_narrow(device: str, fresh_compiler: None) -> None:
     moe = MoE(8, 6, 4, 2, device=device, dtype=torch.bfloat16)
     compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
     x = torch.randn(7, 8, device=device, dtype=torch.bfloat16)
-    for a, b in zip(*(torch.autograd.grad(run(x)[0].sum(), [*moe.parameters()]) for run in (moe, compiled)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(run(x)[0].sum(), [*moe.parameters()]) for run in (moe, compiled)), strict=True
+    ):
         assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
