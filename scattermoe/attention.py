@@ -401,7 +401,7 @@ class MixtureOfAttention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value)
         attended = self._attend(query, key, value, mask, causal)
-        rows = attended.permute(0, 3, 2, 1, 4).reshape(batch * length * self.top_k, -1)
+        rows = attended.permute(0, 3, 2, 1, 4).reshape(batch * length * self.top_k, self.experts.inner_size)
         y = self.experts(rows, gates, routing).view(batch, length, self.hidden_size)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
@@ -428,7 +428,7 @@ class MixtureOfAttention(nn.Module):
                 f"expected positions for [{length}] or [{batch}, {length}] tokens and head_dim={self.head_dim}, "
                 f"got rotary embeddings of shape {list(part.shape)}"
             )
-        return part.view(-1, 1, length, self.head_dim)
+        return part.unsqueeze(-3) if part.dim() == 3 else part[None, None]
 
     def _query_mask(
         self, attention_mask: Tensor, batch: int, length: int, past: int | Tensor, positions: Tensor
