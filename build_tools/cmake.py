@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -52,7 +53,9 @@ class CMakeBuild(build_ext):
         torch = find_torch()
         cmake, ninja = _program("cmake"), _program("ninja")
         if cmake is None:
-            raise SystemExit(f"scattermoe needs CMake 3.24 or newer: run `{sys.executable} -m pip install cmake ninja`.")
+            raise SystemExit(
+                f"scattermoe needs CMake 3.24 or newer: run `{sys.executable} -m pip install cmake ninja`."
+            )
 
         # A folder for each Python and PyTorch: going back and forth between environments rebuilds nothing.
         build_dir = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.version}"
@@ -67,6 +70,10 @@ class CMakeBuild(build_ext):
         ]
         if ninja is not None:
             configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        # Two builds at once in one folder would spoil each other. The lock ends with this process.
+        build_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = open(build_dir / ".lock", "w")  # noqa: SIM115
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._run(*configure, *os.environ.get("CMAKE_ARGS", "").split())
         self._run(cmake, "--build", str(build_dir), "--parallel", _jobs())
         self._install = (cmake, "--install", str(build_dir))

@@ -20,7 +20,12 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = tmp_path_factory.mktemp("cpp")
     package = Path(scattermoe.__file__).resolve().parent
     for command in (
-        [f"-S{Path(__file__).parent / 'cpp'}", f"-B{build}", f"-DCMAKE_PREFIX_PATH={package}", f"-DPython_EXECUTABLE={sys.executable}"],
+        [
+            f"-S{Path(__file__).parent / 'cpp'}",
+            f"-B{build}",
+            f"-DCMAKE_PREFIX_PATH={package}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ],
         ["--build", str(build)],
     ):
         done = subprocess.run([CMAKE, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,0 +1,108 @@
+"""``python -m scattermoe``: what is installed, and whether it computes right on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import scattermoe
+from scattermoe import _library, selfcheck
+
+
+def _device_lines(info: dict) -> list[str]:
+    """One line for each device that the operators can run on."""
+    lines = [f"cpu: {torch.get_num_threads()} threads, matrix products by ATen (oneDNN or BLAS), one expert at a time"]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(index)
+        lines.append(
+            f"cuda:{index}: {torch.cuda.get_device_name(index)} (sm_{major}{minor}): {_kernels(info, major, minor)}"
+        )
+    return lines
+
+
+def _kernels(info: dict, major: int, minor: int) -> str:
+    """Which compiled kernels a GPU of this compute capability takes."""
+    if not info["cuda"]:
+        return "no kernels, this is a CPU build; install a CUDA compiler and build again"
+    if (major, minor) == (9, 0) and "sm_90a" in info["cuda_archs"]:
+        return "Hopper kernels (TMA, wgmma) where the shape allows, Ampere's (cp.async, mma) elsewhere"
+    archs = [arch.split("_") for arch in info["cuda_archs"]]
+    if any(
+        kind == "sm" and number.isdigit() and int(number) // 10 == major and int(number) % 10 <= minor
+        for kind, number in archs
+    ):
+        return "Ampere's kernels (cp.async, mma)"
+    if any(kind == "compute" and int(number) <= 10 * major + minor for kind, number in archs):
+        return "Ampere's kernels (cp.async, mma), compiled from PTX by the driver at the first call"
+    return f"none of the compiled kernels fits; build again with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+
+
+def _report(info: dict) -> None:
+    package = Path(scattermoe.__file__).parent
+    cuda = f"CUDA {info['cuda']} for {' '.join(info['cuda_archs'])}" if info["cuda"] else "CPU only"
+    print(f"scattermoe {info['version']} in {package}")
+    print(f"  built      {cuda}; {info['compiler']}, {info['flags']}; against PyTorch {info['torch']}")
+    print(f"  running    PyTorch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    for index, line in enumerate(_device_lines(info)):
+        print(f"  {'' if index else 'devices':<10} {line}")
+
+
+def _check(device: str) -> bool:
+    """Prints one line an operator and tensor, and returns whether all are within their bounds."""
+    print(f"\nSelf-check on {device}: largest per-row relative error against per-token loops in float64 (bound)\n")
+    names = [str(dtype).removeprefix("torch.") for dtype in selfcheck.DTYPES]
+    print(f"  {'':<32}" + "".join(f"{name:>19}" for name in names))
+    started = time.perf_counter()
+    rows: dict[tuple[str, str], dict[str, selfcheck.Result]] = {}
+    for result in selfcheck.run(device):
+        rows.setdefault((result.op, result.tensor), {})[str(result.dtype).removeprefix("torch.")] = result
+    for (op, tensor), results in rows.items():
+        cells = []
+        for name in names:
+            result = results.get(name)
+            if result is None or result.problem:
+                cells.append("-" if result is None else "FAILED")
+            else:
+                mark = "" if result.passed else "FAILED "
+                exact = result.passed and result.bound == 0
+                cells.append("exact" if exact else f"{mark}{result.error:.1e} ({result.bound:.0e})")
+        print(f"  {op + ' ' + tensor:<32}" + "".join(f"{cell:>19}" for cell in cells))
+    results = [result for row in rows.values() for result in row.values()]
+    failed = [result for result in results if not result.passed]
+    for result in failed:
+        if result.problem:
+            print(f"  {result.op}, {result.dtype}: {result.problem}")
+    seconds = time.perf_counter() - started
+    print(f"\n{len(results) - len(failed)} of {len(results)} comparisons within bounds, {seconds:.1f} s")
+    return not failed
+
+
+def main() -> int:
+    """Prints the report and the self-check; returns the exit status, 1 when a check failed."""
+    parser = argparse.ArgumentParser(prog="python -m scattermoe", description=__doc__)
+    parser.add_argument(
+        "--device", action="append", help="a device to check (default: the CPU, and CUDA if built and there)"
+    )
+    parser.add_argument("--no-check", action="store_true", help="only report what is installed")
+    parser.add_argument(
+        "--cmake-prefix-path", action="store_true", help="only print where find_package(scattermoe) looks"
+    )
+    arguments = parser.parse_args()
+    if arguments.cmake_prefix_path:
+        print(Path(scattermoe.__file__).resolve().parent)
+        return 0
+    info = _library.load().build_info()
+    _report(info)
+    if arguments.no_check:
+        return 0
+    devices = arguments.device or ["cpu"] + (["cuda"] if info["cuda"] and torch.cuda.is_available() else [])
+    return 0 if all([_check(device) for device in devices]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
