@@ -101,7 +101,8 @@ def main() -> int:
     if arguments.no_check:
         return 0
     devices = arguments.device or ["cpu"] + (["cuda"] if info["cuda"] and torch.cuda.is_available() else [])
-    return 0 if all([_check(device) for device in devices]) else 1
+    results = [_check(device) for device in devices]
+    return 0 if all(results) else 1
 
 
 if __name__ == "__main__":

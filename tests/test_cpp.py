@@ -26,7 +26,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"-DCMAKE_PREFIX_PATH={package}",
             f"-DPython_EXECUTABLE={sys.executable}",
         ],
-        ["--build", str(build)],
+        ["--build", str(build), "--parallel", "2"],
     ):
         done = subprocess.run([CMAKE, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert done.returncode == 0, done.stdout

@@ -1,5 +1,5 @@
-// scattermoe._C: what Python wants to know that is not a tensor operation. Neither PyTorch nor libscattermoe is linked here, so
-// that this module loads, and can explain itself, even where they do not fit together.
+// scattermoe._C: what Python wants to know that is not a tensor operation. Neither PyTorch nor libscattermoe is linked
+// here, so that this module loads, and can explain itself, even where they do not fit together.
 
 #include <pybind11/pybind11.h>
 
