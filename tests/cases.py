@@ -34,7 +34,9 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make_ids(tokens: int, top_k: int, experts: int, routing: str, seed: int, dtype: torch.dtype = torch.int64) -> Tensor:
+def make_ids(
+    tokens: int, top_k: int, experts: int, routing: str, seed: int, dtype: torch.dtype = torch.int64
+) -> Tensor:
     """Expert ids [tokens, top_k] of one of the ROUTINGS."""
     g = generator(seed)
     shape = (tokens, top_k)
@@ -90,7 +92,9 @@ def arrange(values: Tensor, layout: str) -> Tensor:
     return view.copy_(values)
 
 
-def make(shape: tuple[int, ...], dtype: torch.dtype, seed: int, scale: float = 1.0, layout: str = "contiguous") -> Tensor:
+def make(
+    shape: tuple[int, ...], dtype: torch.dtype, seed: int, scale: float = 1.0, layout: str = "contiguous"
+) -> Tensor:
     """Normal random values on the CPU; layout "expanded" repeats one row without storing it again."""
     if layout == "expanded":
         one = torch.randn(*shape[:-2], 1, shape[-1], generator=generator(seed), dtype=torch.float64) * scale

@@ -67,7 +67,9 @@ def check_linear(case: Linear) -> None:
     ids = ids.reshape(-1) if case.flat_ids and case.top_k == 1 else ids
     slots = case.tokens * case.top_k
     tensors = {
-        "x": make((case.tokens if case.rows == "token" else slots, case.n_in), case.dtype, seed + 1, 1.0, case.x_layout),
+        "x": make(
+            (case.tokens if case.rows == "token" else slots, case.n_in), case.dtype, seed + 1, 1.0, case.x_layout
+        ),
         "weight": make(
             (case.experts, case.n_out, case.n_in), case.dtype, seed + 2, max(case.n_in, 1) ** -0.5, case.weight_layout
         ),
@@ -182,9 +184,7 @@ def check_gating(case: Gating) -> None:
     ids = expert_ids.cpu()
     leaf = reference.leaf(logits)
     bias = None if selection_bias is None else selection_bias.double()
-    chosen, margins = reference.topk_choice(
-        leaf, case.k, case.scoring, bias, case.num_groups, case.top_groups
-    )
+    chosen, margins = reference.topk_choice(leaf, case.k, case.scoring, bias, case.num_groups, case.top_groups)
     # The choice itself, wherever arithmetic of this precision cannot turn it around.
     close = bound(compute, case.experts, 2)
     for token, (experts, margin) in enumerate(zip(chosen, margins, strict=True)):
@@ -218,4 +218,3 @@ CHECKS: dict[type, Callable[..., None]] = {
 def check(case: Case) -> None:
     """Runs the check that belongs to the case's type."""
     CHECKS[type(case)](case)
-

@@ -169,7 +169,9 @@ def main(arguments: list[str] | None = None) -> int:
             failures += 1
             print(message, flush=True)
     counts = ", ".join(f"{n} {k}" for k, n in sorted(kinds.items()))
-    print(f"{options.cases} cases ({counts}) on {options.device} in {time.monotonic() - start:.0f} s: {failures} failed")
+    print(
+        f"{options.cases} cases ({counts}) on {options.device} in {time.monotonic() - start:.0f} s: {failures} failed"
+    )
     return 1 if failures else 0
 
 

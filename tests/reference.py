@@ -22,7 +22,9 @@ def leaf(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().to("cpu", torch.float64).clone().requires_grad_()
 
 
-def gradients(outputs: Tensor | tuple[Tensor, ...], inputs: list[Tensor], grads: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+def gradients(
+    outputs: Tensor | tuple[Tensor, ...], inputs: list[Tensor], grads: Tensor | tuple[Tensor, ...]
+) -> list[Tensor]:
     """d(outputs)/d(inputs) applied to `grads`, with zeros where an input plays no part."""
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     grads = grads if isinstance(grads, tuple) else (grads,)
@@ -112,7 +114,9 @@ def relu(v: Tensor) -> Tensor:
     return torch.where(v > 0, v, torch.zeros_like(v))
 
 
-def activate(z: Tensor, activation: str, glu_layout: str = "gate_up", alpha: float = 1.702, limit: float = 7.0) -> Tensor:
+def activate(
+    z: Tensor, activation: str, glu_layout: str = "gate_up", alpha: float = 1.702, limit: float = 7.0
+) -> Tensor:
     """The activation of one slot's pre-activations z."""
     plain = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}
     if activation in plain:

@@ -12,7 +12,9 @@ from tests.cases import Mlp, make, make_ids, mlp_tensors, to_device
 SETTINGS = ("swiglu", "gate_up", 1.702, 7.0, None)
 
 
-def linear_arguments(device: str, dtype: torch.dtype, rows: str, bias: bool, routing: str, layout: str, grads: bool) -> list[Any]:
+def linear_arguments(
+    device: str, dtype: torch.dtype, rows: str, bias: bool, routing: str, layout: str, grads: bool
+) -> list[Any]:
     """x, weight, bias, slot_order, expert_offsets, top_k, grouped_in."""
     experts, tokens, top_k = 4, 6, 2
     ids = make_ids(tokens, top_k, experts, routing, 1).to(device)
@@ -23,7 +25,15 @@ def linear_arguments(device: str, dtype: torch.dtype, rows: str, bias: bool, rou
     for tensor in (x, weight, b):
         if tensor is not None:
             tensor.requires_grad_(grads)
-    return [x, weight, b, indices.slot_order, indices.expert_offsets, top_k if rows == "token" else 1, rows == "grouped"]
+    return [
+        x,
+        weight,
+        b,
+        indices.slot_order,
+        indices.expert_offsets,
+        top_k if rows == "token" else 1,
+        rows == "grouped",
+    ]
 
 
 def op_samples(device: str) -> list[tuple[str, str, tuple[Any, ...]]]:
@@ -33,7 +43,11 @@ def op_samples(device: str) -> list[tuple[str, str, tuple[Any, ...]]]:
     def add(op: str, label: str, *args: Any) -> None:
         samples.append((op, label, args))
 
-    for shape, routing, dtype in (((6, 2), "uniform", torch.int64), ((7,), "sentinels", torch.int32), ((0, 3), "uniform", torch.int64)):
+    for shape, routing, dtype in (
+        ((6, 2), "uniform", torch.int64),
+        ((7,), "sentinels", torch.int32),
+        ((0, 3), "uniform", torch.int64),
+    ):
         ids = make_ids(shape[0], shape[-1] if len(shape) == 2 else 1, 4, routing, 0, dtype).reshape(shape).to(device)
         add("group_by_expert", f"{list(shape)} {routing}", ids, 4)
 
@@ -80,7 +94,9 @@ def op_samples(device: str) -> list[tuple[str, str, tuple[Any, ...]]]:
         ("swiglu_clamped", "interleaved", ("b_up", "b_down"), "sentinels", torch.float64, torch.float64),
         ("gelu", "gate_up", ("b_down",), "few_experts", torch.bfloat16, torch.float32),
     ):
-        case = Mlp(tokens=6, experts=4, hidden=5, width=3, activation=activation, biases=biases, dtype=dtype, gates=gates_dtype)
+        case = Mlp(
+            tokens=6, experts=4, hidden=5, width=3, activation=activation, biases=biases, dtype=dtype, gates=gates_dtype
+        )
         tensors = [None if t is None else to_device(t, device) for t in mlp_tensors(case, 7).values()]
         indices = scattermoe.route(make_ids(6, 2, 4, routing, 1).to(device), 4)
         settings = (activation, glu_layout, 1.702, 7.0, None)

@@ -41,14 +41,16 @@ def float_of(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Te
 
 
 class TestRoute:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.bool, torch.complex64], ids=str)
+    @pytest.mark.parametrize(
+        "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.bool, torch.complex64], ids=str
+    )
     def test_ids_that_are_not_integers(self, device: str, dtype: torch.dtype) -> None:
         refuses(lambda: scattermoe.route(IDS.to(device, dtype), E), "expert_ids", "integer")
 
     @pytest.mark.parametrize("shape", [(), (2, 2, 2)], ids=str)
     def test_dimensions(self, device: str, shape: tuple[int, ...]) -> None:
         ids = torch.zeros(shape, dtype=torch.int64, device=device)
-        refuses(lambda: scattermoe.route(ids, E), "expert_ids", r"dim|1.*2|\[T", size(len(shape)))
+        refuses(lambda: scattermoe.route(ids, E), "expert_ids", r"\[T, K\]", re.escape(str(list(shape))))
 
     def test_no_choices(self, device: str) -> None:
         refuses(lambda: scattermoe.route(torch.zeros(3, 0, dtype=torch.int64, device=device), E), "expert_ids", size(0))
@@ -59,7 +61,11 @@ class TestRoute:
 
     @pytest.mark.parametrize("where", ["cpu", "meta"])
     def test_more_experts_than_an_int32(self, where: str) -> None:
-        refuses(lambda: scattermoe.route(torch.zeros(3, 2, dtype=torch.int64, device=where), 2**31), "num_experts", str(2**31))
+        refuses(
+            lambda: scattermoe.route(torch.zeros(3, 2, dtype=torch.int64, device=where), 2**31),
+            "num_experts",
+            str(2**31),
+        )
 
     def test_not_a_tensor(self) -> None:
         refuses(lambda: scattermoe.route([[0, 1]], 2))
@@ -115,7 +121,9 @@ class TestParallelLinear:
     def test_top_k_that_overflows(self, device: str) -> None:
         refuses(linear(device, top_k=2**62), "top_k")
 
-    @pytest.mark.parametrize("name, shape", [("x", (T,)), ("x", (1, T, H)), ("weight", (I, H)), ("bias", (I,)), ("bias", (E, I, 1))])
+    @pytest.mark.parametrize(
+        "name, shape", [("x", (T,)), ("x", (1, T, H)), ("weight", (I, H)), ("bias", (I,)), ("bias", (E, I, 1))]
+    )
     def test_dimensions(self, device: str, name: str, shape: tuple[int, ...]) -> None:
         refuses(linear(device, **{name: float_of(*shape, device=device)}), rf"\b{name}\b", size(len(shape)))
 
@@ -126,20 +134,31 @@ class TestParallelLinear:
     def test_no_experts(self, device: str) -> None:
         offsets = torch.zeros(1, dtype=torch.int32, device=device)
         refuses(
-            linear(device, weight=float_of(0, I, H, device=device), bias=None, expert_offsets=offsets), "weight", size(0)
+            linear(device, weight=float_of(0, I, H, device=device), bias=None, expert_offsets=offsets),
+            "weight",
+            size(0),
         )
 
     def test_experts_of_the_routing(self, device: str) -> None:
-        refuses(linear(device, weight=float_of(E + 2, I, H, device=device), bias=None), "expert_offsets|routing|num_experts", "weight")
+        refuses(
+            linear(device, weight=float_of(E + 2, I, H, device=device), bias=None),
+            "expert_offsets|routing|num_experts",
+            "weight",
+        )
 
     @pytest.mark.parametrize("name", ["x", "weight", "bias"])
     @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.complex64, torch.bool], ids=str)
     def test_dtypes_that_are_not_floating(self, device: str, name: str, dtype: torch.dtype) -> None:
         shape = {"x": (T, H), "weight": (E, I, H), "bias": (E, I)}[name]
-        refuses(linear(device, **{name: float_of(*shape, device=device, dtype=dtype)}), rf"\b{name}\b", "(?i)float|dtype")
+        refuses(
+            linear(device, **{name: float_of(*shape, device=device, dtype=dtype)}), rf"\b{name}\b", "(?i)float|dtype"
+        )
 
     def test_everything_integer(self, device: str) -> None:
-        ints = {n: float_of(*s, device=device, dtype=torch.int64) for n, s in {"x": (T, H), "weight": (E, I, H), "bias": (E, I)}.items()}
+        ints = {
+            n: float_of(*s, device=device, dtype=torch.int64)
+            for n, s in {"x": (T, H), "weight": (E, I, H), "bias": (E, I)}.items()
+        }
         refuses(linear(device, **ints), r"\bx\b", "(?i)float", "(?i)int|long")
 
     @pytest.mark.parametrize("name", ["weight", "bias"])
@@ -147,11 +166,20 @@ class TestParallelLinear:
     def test_mixed_dtypes(self, device: str, name: str, dtype: torch.dtype) -> None:
         shape = {"weight": (E, I, H), "bias": (E, I)}[name]
         words = {torch.float64: "(?i)double|float64", torch.bfloat16: "(?i)bfloat16", torch.float16: "(?i)half|float16"}
-        refuses(linear(device, **{name: float_of(*shape, device=device, dtype=dtype)}), rf"\b{name}\b", r"\bx\b", words[dtype], "(?i)float")
+        refuses(
+            linear(device, **{name: float_of(*shape, device=device, dtype=dtype)}),
+            rf"\b{name}\b",
+            r"\bx\b",
+            words[dtype],
+            "(?i)float",
+        )
 
     @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex128], ids=str)
     def test_unsupported_dtypes(self, device: str, dtype: torch.dtype) -> None:
-        changes = {n: float_of(*s, device=device).to(dtype) for n, s in {"x": (T, H), "weight": (E, I, H), "bias": (E, I)}.items()}
+        changes = {
+            n: float_of(*s, device=device).to(dtype)
+            for n, s in {"x": (T, H), "weight": (E, I, H), "bias": (E, I)}.items()
+        }
         refuses(linear(device, **changes), r"\bx\b|parallel_linear", "(?i)float8|complex")
 
     @pytest.mark.parametrize("name", ["x", "weight", "bias", "slot_order", "expert_offsets"])
@@ -177,17 +205,26 @@ class TestParallelLinear:
     def test_old_signature_points_to_the_compatible_module(self, device: str) -> None:
         r = routing(device)
         call = lambda: scattermoe.parallel_linear(  # noqa: E731
-            float_of(T, H, device=device), float_of(E, H, I, device=device), K, r.expert_offsets, r.slot_order, r.expert_offsets
+            float_of(T, H, device=device),
+            float_of(E, H, I, device=device),
+            K,
+            r.expert_offsets,
+            r.slot_order,
+            r.expert_offsets,
         )
         with pytest.raises(TypeError, match=r"scattermoe\.parallel_experts\.parallel_linear"):
             call()
 
     def test_x_that_fits_neither_tokens_nor_slots(self, device: str) -> None:
-        call = lambda: scattermoe.parallel_linear(float_of(4, H, device=device), float_of(E, I, H, device=device), routing(device))  # noqa: E731
+        call = lambda: scattermoe.parallel_linear(
+            float_of(4, H, device=device), float_of(E, I, H, device=device), routing(device)
+        )
         refuses(call, r"\bx\b", size(4), f"{size(3)}|{size(6)}")
 
     def test_x_with_leading_dimensions(self, device: str) -> None:
-        call = lambda: scattermoe.parallel_linear(float_of(1, T, H, device=device), float_of(E, I, H, device=device), routing(device))  # noqa: E731
+        call = lambda: scattermoe.parallel_linear(
+            float_of(1, T, H, device=device), float_of(E, I, H, device=device), routing(device)
+        )
         refuses(call, r"\bx\b", "3|dim")
 
     @pytest.mark.parametrize("wrong", ["grad.size(0)", "grad.size(1)", "dtype"])
@@ -197,7 +234,13 @@ class TestParallelLinear:
         grad = float_of(*shape, device=device, dtype=torch.float64 if wrong == "dtype" else torch.float32)
         refuses(
             lambda: torch.ops.scattermoe._parallel_linear_backward(
-                *(grad, float_of(T, H, device=device), float_of(E, I, H, device=device), r.slot_order, r.expert_offsets),
+                *(
+                    grad,
+                    float_of(T, H, device=device),
+                    float_of(E, I, H, device=device),
+                    r.slot_order,
+                    r.expert_offsets,
+                ),
                 *(K, False, False, None, [True, True, True]),
             ),
             "grad",
@@ -257,7 +300,9 @@ class TestMoeMlp:
     def test_the_call_itself_is_fine(self, device: str) -> None:
         mlp(device)()
 
-    @pytest.mark.parametrize("name, dim", [(n, d) for n, s in MLP_SHAPES.items() for d in range(len(s)) if (n, d) != ("w_down", 1)])
+    @pytest.mark.parametrize(
+        "name, dim", [(n, d) for n, s in MLP_SHAPES.items() for d in range(len(s)) if (n, d) != ("w_down", 1)]
+    )
     def test_sizes(self, device: str, name: str, dim: int) -> None:
         # Every size of every argument that another one fixes, one too large (w_down.size(1) fixes itself the output's).
         shape = list(MLP_SHAPES[name])
@@ -268,16 +313,27 @@ class TestMoeMlp:
             changes |= {"b_up": None, "b_down": None}
         doubled = name == "w_down" and dim == 2
         refuses(
-            mlp(device, **changes), rf"\b{name}\b", f"{size(17)}|{size(34)}" if doubled else size(17), size(2 * right) if doubled else size(right)
+            mlp(device, **changes),
+            rf"\b{name}\b",
+            f"{size(17)}|{size(34)}" if doubled else size(17),
+            size(2 * right) if doubled else size(right),
         )
 
     @pytest.mark.parametrize("name", MLP_SHAPES)
     def test_dimensions(self, device: str, name: str) -> None:
-        refuses(mlp(device, **{name: float_of(*MLP_SHAPES[name], 1, device=device)}), rf"\b{name}\b", size(len(MLP_SHAPES[name]) + 1))
+        refuses(
+            mlp(device, **{name: float_of(*MLP_SHAPES[name], 1, device=device)}),
+            rf"\b{name}\b",
+            size(len(MLP_SHAPES[name]) + 1),
+        )
 
     @pytest.mark.parametrize("name", MLP_SHAPES)
     def test_dtypes_that_are_not_floating(self, device: str, name: str) -> None:
-        refuses(mlp(device, **{name: float_of(*MLP_SHAPES[name], device=device, dtype=torch.int64)}), rf"\b{name}\b", "(?i)float|dtype")
+        refuses(
+            mlp(device, **{name: float_of(*MLP_SHAPES[name], device=device, dtype=torch.int64)}),
+            rf"\b{name}\b",
+            "(?i)float|dtype",
+        )
 
     @pytest.mark.parametrize("name", ["w_up", "b_up", "w_down", "b_down"])
     def test_mixed_dtypes(self, device: str, name: str) -> None:
@@ -305,14 +361,16 @@ class TestMoeMlp:
 
     @pytest.mark.parametrize("name", ["SwiGLU", "", "silu ", "tanh"])
     def test_unknown_activation_lists_the_known(self, device: str, name: str) -> None:
-        refuses(mlp(device, activation=name), "activation", re.escape(name), *(rf"\b{a}\b" for a in reference.ACTIVATIONS))
+        refuses(
+            mlp(device, activation=name), "activation", re.escape(name), *(rf"\b{a}\b" for a in reference.ACTIVATIONS)
+        )
 
     def test_unknown_layout_lists_the_known(self, device: str) -> None:
         refuses(mlp(device, glu_layout="gate_down"), "glu_layout", "gate_down", *reference.GLU_LAYOUTS)
 
-    @pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
+    @pytest.mark.parametrize("limit", [-1.0, float("nan")])
     def test_limit(self, device: str, limit: float) -> None:
-        refuses(mlp(device, activation="swiglu_clamped", limit=limit), "limit", "(?i)positive|> 0|greater|above")
+        refuses(mlp(device, activation="swiglu_clamped", limit=limit), "limit", "-1|(?i:nan)")
 
     def test_a_gated_activation_needs_both_halves(self, device: str) -> None:
         changes = {"w_up": float_of(E, I, H, device=device), "b_up": None}
@@ -356,7 +414,9 @@ class TestMoeMlp:
         w_up, w_down = float_of(E, 2 * I, H, device=device), float_of(E, H, I, device=device)
         refuses(lambda: scattermoe.moe_mlp(x.unsqueeze(0), w_up, w_down, gates, r), r"\bx\b")
         refuses(lambda: scattermoe.moe_mlp(x, w_up, w_down, gates[:, :1], r), "gates", size(1), size(2))
-        refuses(lambda: scattermoe.moe_mlp(x, w_up, w_down, gates, r, activation="nope"), "activation", "nope", "swiglu")
+        refuses(
+            lambda: scattermoe.moe_mlp(x, w_up, w_down, gates, r, activation="nope"), "activation", "nope", "swiglu"
+        )
         refuses(lambda: scattermoe.moe_mlp(x, w_up, w_down, gates, r, activation=torch.nn.SiLU()))
 
     @pytest.mark.parametrize("name", ["grad", "z"])
@@ -397,18 +457,24 @@ class TestCombine:
         refuses(combine(device, gates=float_of(T + 1, K, device=device)), "gates", size(T + 1), size(T))
         refuses(combine(device, gates=float_of(T, K + 1, device=device)), "gates", size(K + 1), size(K))
 
-    @pytest.mark.parametrize("name, shape", [("rows", (T * K,)), ("rows", (T, K, H)), ("gates", (T * K,)), ("gates", (T, K, 1))])
+    @pytest.mark.parametrize(
+        "name, shape", [("rows", (T * K,)), ("rows", (T, K, H)), ("gates", (T * K,)), ("gates", (T, K, 1))]
+    )
     def test_dimensions(self, device: str, name: str, shape: tuple[int, ...]) -> None:
         refuses(combine(device, **{name: float_of(*shape, device=device)}), rf"\b{name}\b", size(len(shape)))
 
     @pytest.mark.parametrize("name, shape", [("rows", (T * K, H)), ("gates", (T, K))])
     @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
     def test_dtypes(self, device: str, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        refuses(combine(device, **{name: float_of(*shape, device=device, dtype=dtype)}), rf"\b{name}\b", "(?i)float|dtype")
+        refuses(
+            combine(device, **{name: float_of(*shape, device=device, dtype=dtype)}), rf"\b{name}\b", "(?i)float|dtype"
+        )
 
     @pytest.mark.parametrize("name", ["rows", "gates", "slot_order", "slot_position"])
     def test_devices(self, device: str, name: str) -> None:
-        tensors = {"rows": float_of(T * K, H, device=device), "gates": float_of(T, K, device=device)} | routing(device)._asdict()
+        tensors = {"rows": float_of(T * K, H, device=device), "gates": float_of(T, K, device=device)} | routing(
+            device
+        )._asdict()
         refuses(combine(device, **{name: tensors[name].to("meta")}), rf"\b{name}\b|\brows\b", "device", "meta", device)
 
     @pytest.mark.parametrize("name", ["slot_order", "slot_position"])
@@ -433,18 +499,33 @@ class TestCombine:
 class TestTopkGating:
     @pytest.mark.parametrize("k", [0, -1, 9])
     def test_k(self, device: str, k: int) -> None:
-        refuses(lambda: scattermoe.topk_gating(torch.randn(4, 8, device=device), k), r"\bk\b", str(k), *([size(8)] if k == 9 else []))
+        refuses(
+            lambda: scattermoe.topk_gating(torch.randn(4, 8, device=device), k),
+            r"\bk\b",
+            str(k),
+            *([size(8)] if k == 9 else []),
+        )
 
     def test_dimensions(self, device: str) -> None:
         for shape in ((8,), (2, 4, 8)):
-            refuses(lambda s=shape: scattermoe.topk_gating(torch.randn(s, device=device), 2), "logits", size(len(shape)))
+            refuses(
+                lambda s=shape: scattermoe.topk_gating(torch.randn(s, device=device), 2), "logits", size(len(shape))
+            )
 
     @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
     def test_dtypes(self, device: str, dtype: torch.dtype) -> None:
-        refuses(lambda: scattermoe.topk_gating(torch.ones(4, 8, device=device).to(dtype), 2), "logits", "(?i)float|dtype")
+        refuses(
+            lambda: scattermoe.topk_gating(torch.ones(4, 8, device=device).to(dtype), 2), "logits", "(?i)float|dtype"
+        )
 
     def test_scoring_lists_the_known(self, device: str) -> None:
-        refuses(lambda: scattermoe.topk_gating(torch.randn(4, 8, device=device), 2, scoring="tanh"), "scoring", "tanh", "softmax", "sigmoid")
+        refuses(
+            lambda: scattermoe.topk_gating(torch.randn(4, 8, device=device), 2, scoring="tanh"),
+            "scoring",
+            "tanh",
+            "softmax",
+            "sigmoid",
+        )
 
     def test_groups(self, device: str) -> None:
         logits = torch.randn(4, 8, device=device)
@@ -481,7 +562,14 @@ class TestMeta:
 
             r = scattermoe.Routing(*map(at, routing("cpu")))
             if op == "linear":
-                call = linear("cpu", x=at(torch.ones(T, 7)), weight=at(torch.ones(E, I, H)), bias=None, slot_order=r[0], expert_offsets=r[2])
+                call = linear(
+                    "cpu",
+                    x=at(torch.ones(T, 7)),
+                    weight=at(torch.ones(E, I, H)),
+                    bias=None,
+                    slot_order=r[0],
+                    expert_offsets=r[2],
+                )
             elif op == "mlp":
                 tensors = {n: at(torch.ones(s)) for n, s in MLP_SHAPES.items()}
                 call = mlp("cpu", **(tensors | r._asdict() | {"gates": at(torch.ones(T, 9))}))

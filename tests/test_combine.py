@@ -67,7 +67,8 @@ def test_flat_ids(device: str) -> None:
     routing = scattermoe.route(torch.tensor([1, 0, 2, 0, -1], device=device), 3)
     rows = torch.randn(5, 4, device=device)
     torch.testing.assert_close(
-        scattermoe.combine(rows, None, routing, grouped=False), rows * torch.tensor([[1.0], [1], [1], [1], [0]], device=device)
+        scattermoe.combine(rows, None, routing, grouped=False),
+        rows * torch.tensor([[1.0], [1], [1], [1], [0]], device=device),
     )
 
 

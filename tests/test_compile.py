@@ -60,7 +60,9 @@ def inputs(tokens: int, device: str, routing: str = "uniform", dtype: torch.dtyp
 def forward_and_gradients(layer: LayerFunction, args: list[Tensor], p: dict[str, Tensor]) -> list[Tensor]:
     y = layer(*args, p)
     wanted = [args[0], args[2], *p.values()]
-    grads = torch.autograd.grad(y, wanted, torch.linspace(-1, 1, y.numel(), device=y.device).to(y.dtype).view_as(y), allow_unused=True)
+    grads = torch.autograd.grad(
+        y, wanted, torch.linspace(-1, 1, y.numel(), device=y.device).to(y.dtype).view_as(y), allow_unused=True
+    )
     return [y, *(g for g in grads if g is not None)]
 
 
@@ -72,7 +74,9 @@ def forward_and_gradients(layer: LayerFunction, args: list[Tensor], p: dict[str,
 )
 def test_one_graph_for_every_number_of_tokens(device: str, layer: str, dynamic: str, backend: str) -> None:
     p = parameters(device)
-    compiled = torch.compile(LAYERS[layer], fullgraph=True, backend=backend, dynamic=True if dynamic == "dynamic=True" else None)
+    compiled = torch.compile(
+        LAYERS[layer], fullgraph=True, backend=backend, dynamic=True if dynamic == "dynamic=True" else None
+    )
     for count, tokens in enumerate(TOKENS):
         args = inputs(tokens, device, "sentinels" if tokens == 333 else "uniform")
         if dynamic == "mark_dynamic":
@@ -150,7 +154,8 @@ def test_inside_a_compiled_training_step_with_autocast(device: str) -> None:
     found, expected = (forward_and_gradients(f, args, p) for f in (compiled, step))
     assert found[0].dtype == torch.bfloat16
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
+        # Eager autocast casts a parameter once and sums the gradients of its uses in bfloat16, the traced graph in float32.
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-7 * float(b.detach().abs().max()))
 
 
 class Layer(torch.nn.Module):

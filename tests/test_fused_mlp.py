@@ -7,7 +7,18 @@ import torch
 
 import scattermoe
 from tests import reference
-from tests.cases import DTYPES, EXPERT_COUNTS, LAYOUTS, ROUTINGS, WEIGHT_LAYOUTS, Mlp, make_ids, mlp_tensors, seed_of, to_device
+from tests.cases import (
+    DTYPES,
+    EXPERT_COUNTS,
+    LAYOUTS,
+    ROUTINGS,
+    WEIGHT_LAYOUTS,
+    Mlp,
+    make_ids,
+    mlp_tensors,
+    seed_of,
+    to_device,
+)
 from tests.checks import check
 from tests.tolerances import ROUNDINGS, assert_close
 
@@ -24,7 +35,9 @@ def test_activations(device: str, dtype: torch.dtype, activation: str, glu_layou
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("biases", [(), ("b_up",), ("b_down",), ("b_up", "b_down")], ids=lambda b: "+".join(b) or "none")
+@pytest.mark.parametrize(
+    "biases", [(), ("b_up",), ("b_down",), ("b_up", "b_down")], ids=lambda b: "+".join(b) or "none"
+)
 @pytest.mark.parametrize("weight_layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("gates", ["same", "float32"])
 def test_dtypes(device: str, dtype: torch.dtype, biases: tuple[str, ...], weight_layout: str, gates: str) -> None:
@@ -67,7 +80,9 @@ def test_few_tokens(device: str, tokens: int, dtype: torch.dtype, routing: str) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("hidden, width, n_out", [(1, 1, 1), (1, 33, 2), (33, 1, 33), (7, 13, 5), (63, 65, 31), (129, 40, 127)])
+@pytest.mark.parametrize(
+    "hidden, width, n_out", [(1, 1, 1), (1, 33, 2), (33, 1, 33), (7, 13, 5), (63, 65, 31), (129, 40, 127)]
+)
 def test_odd_sizes(device: str, dtype: torch.dtype, hidden: int, width: int, n_out: int) -> None:
     check(Mlp(hidden=hidden, width=width, n_out=n_out, dtype=dtype, device=device))
     check(Mlp(hidden=hidden, width=width, n_out=n_out, activation="silu", dtype=dtype, device=device))
@@ -96,7 +111,9 @@ def test_weight_layouts(device: str, weight_layout: str, dtype: torch.dtype, glu
     check(Mlp(weight_layout=weight_layout, glu_layout=glu_layout, dtype=dtype, device=device))
 
 
-@pytest.mark.parametrize("grads", [s for n in range(7) for s in itertools.combinations(INPUTS, n)], ids=lambda s: "+".join(s) or "none")
+@pytest.mark.parametrize(
+    "grads", [s for n in range(7) for s in itertools.combinations(INPUTS, n)], ids=lambda s: "+".join(s) or "none"
+)
 def test_subsets_of_gradients(device: str, grads: tuple[str, ...]) -> None:
     check(Mlp(grads=grads, dtype=torch.float32, device=device))
 
@@ -115,7 +132,14 @@ def test_alpha(device: str) -> None:
     x, w_up, b_up, w_down, b_down, gates = inputs.values()
     options = {"activation": "swiglu_clamped", "alpha": 0.75, "limit": 1.5}
     y = scattermoe.moe_mlp(
-        x, w_up, w_down, gates, scattermoe.route(ids.to(device), case.experts), up_bias=b_up, down_bias=b_down, **options
+        x,
+        w_up,
+        w_down,
+        gates,
+        scattermoe.route(ids.to(device), case.experts),
+        up_bias=b_up,
+        down_bias=b_down,
+        **options,
     )
     leaves = {n: reference.leaf(t) for n, t in tensors.items()}
     expected = reference.moe_mlp(*leaves.values(), ids, **options)
@@ -165,7 +189,9 @@ def test_pre_activations(device: str, dtype: torch.dtype, routing: str) -> None:
     assert torch.equal(y, plain)
 
 
-@pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=6)), ids=lambda m: "".join(str(int(b)) for b in m))
+@pytest.mark.parametrize(
+    "mask", list(itertools.product([False, True], repeat=6)), ids=lambda m: "".join(str(int(b)) for b in m)
+)
 def test_backward_op_returns_what_the_mask_says(device: str, mask: tuple[bool, ...]) -> None:
     case = Mlp(dtype=torch.float32, gates=torch.float32)
     x, w_up, b_up, w_down, b_down, gates = (to_device(t, device) for t in mlp_tensors(case, 3).values())
@@ -267,6 +293,8 @@ def test_equals_its_parts(device: str) -> None:
     composed = scattermoe.combine(rows, gates, routing)
     torch.testing.assert_close(fused, composed)
     for a, b in zip(
-        torch.autograd.grad(fused.square().sum(), inputs), torch.autograd.grad(composed.square().sum(), inputs), strict=True
+        torch.autograd.grad(fused.square().sum(), inputs),
+        torch.autograd.grad(composed.square().sum(), inputs),
+        strict=True,
     ):
         torch.testing.assert_close(a, b)

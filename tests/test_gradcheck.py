@@ -1,5 +1,7 @@
 """Numerical derivatives in float64: first ones of everything, second ones where they exist."""
 
+import re
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -116,7 +118,9 @@ def test_moe_mlp_says_that_it_has_no_second_derivative(device: str) -> None:
     indices = scattermoe.route(make_ids(11, 2, 5, "uniform", 1).to(device), 5)
     y = scattermoe.moe_mlp(x, w_up, w_down, gates, indices, up_bias=b_up, down_bias=b_down)
     first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"moe_mlp.*(double backward|second derivative|not supported|differentiated twice)"):
+    with pytest.raises(
+        RuntimeError, match=r"moe_mlp.*(double backward|second derivative|not supported|differentiated twice)"
+    ):
         sum(g.sum() for g in first).backward()
 
 
@@ -124,7 +128,9 @@ def test_topk_gating_says_that_it_has_no_second_derivative(device: str) -> None:
     logits = leaf((5, 6), 1, device)
     gates, _ = scattermoe.topk_gating(logits, 2)
     (first,) = torch.autograd.grad(gates.square().sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"topk_gating.*(double backward|second derivative|not supported|differentiated twice)"):
+    with pytest.raises(
+        RuntimeError, match=r"topk_gating.*(double backward|second derivative|not supported|differentiated twice)"
+    ):
         first.sum().backward()
 
 
@@ -136,6 +142,6 @@ def test_forward_mode_works_or_says_no(device: str) -> None:
     try:
         _, found = torch.func.jvp(lambda x: scattermoe.parallel_linear(x, weight, indices), (x,), (tangent,))
     except (RuntimeError, NotImplementedError) as error:
-        assert "parallel_linear" in str(error) or "forward" in str(error).lower()
+        assert re.search("parallel_linear|forward|functorch", str(error))
     else:
         torch.testing.assert_close(found, scattermoe.parallel_linear(tangent, weight, indices))

@@ -31,7 +31,9 @@ def test_every_operator_has_samples() -> None:
 
 def test_no_operator_is_forgotten() -> None:
     registered = {
-        schema.name.split("::")[1] for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("scattermoe::")
+        schema.name.split("::")[1]
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("scattermoe::")
     }
     assert registered == OPS
 

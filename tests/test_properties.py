@@ -143,7 +143,9 @@ def test_routing_is_a_permutation_sorted_by_expert(ids_and_experts: tuple[torch.
 
 @settings(max_examples=60)
 @given(ids_of(), devices, st.booleans())
-def test_linear_and_combine_undo_the_routing(ids_and_experts: tuple[torch.Tensor, int], device: str, grouped: bool) -> None:
+def test_linear_and_combine_undo_the_routing(
+    ids_and_experts: tuple[torch.Tensor, int], device: str, grouped: bool
+) -> None:
     # Identity weights and unit gates: every token comes back as often as it has live slots, exactly.
     ids, e = ids_and_experts
     routing = scattermoe.route(ids.to(device), e)

@@ -16,7 +16,7 @@ def check(ids: torch.Tensor, experts: int) -> None:
     # Sentinels have no place in any group.
     assert routing.slot_position.flatten().tolist() == [p if p < live else -1 for p in position]
     assert routing.expert_offsets.tolist() == offsets
-    assert routing.slot_position.shape == ids.shape
+    assert routing.slot_position.shape == (ids.size(0), 1 if ids.dim() == 1 else ids.size(1))
     for tensor in routing:
         assert tensor.dtype == torch.int32
         assert tensor.device == ids.device
@@ -53,7 +53,10 @@ def test_ids_that_an_int32_cannot_hold_are_sentinels(device: str) -> None:
 
 
 def test_flat_ids(device: str) -> None:
-    check(make_ids(21, 1, 5, "sentinels", 4).reshape(-1).to(device), 5)
+    ids = make_ids(21, 1, 5, "sentinels", 4).reshape(-1).to(device)
+    check(ids, 5)
+    # The operator keeps the shape it was given.
+    assert torch.ops.scattermoe.group_by_expert(ids, 5)[1].shape == (21,)
 
 
 def test_non_contiguous_ids(device: str) -> None:

@@ -1,0 +1,33 @@
+"""The examples in the modules' docstrings, run as they stand."""
+
+import doctest
+import importlib
+
+import pytest
+import torch
+
+MODULES = [
+    "activations",
+    "attention",
+    "cache",
+    "experts",
+    "losses",
+    "mlp",
+    "moe",
+    "parallel_experts",
+    "rotary",
+    "router",
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name: str) -> None:
+    module = importlib.import_module(f"scattermoe.{name}")
+    runner = doctest.DocTestRunner()
+    examples = 0
+    for test in doctest.DocTestFinder().find(module, name, globs={}):
+        test.globs = {}  # an example brings its own imports
+        torch.manual_seed(0)
+        examples += len(test.examples)
+        runner.run(test)
+    assert examples and runner.failures == 0
