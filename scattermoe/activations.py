@@ -48,6 +48,7 @@ def is_gated(activation: str) -> bool:
 
     Example::
 
+        >>> from scattermoe.activations import is_gated
         >>> is_gated("swiglu"), is_gated("gelu")
         (True, False)
     """
@@ -70,6 +71,7 @@ def check_glu_layout(glu_layout: str) -> None:
 
     Example::
 
+        >>> from scattermoe.activations import check_glu_layout
         >>> check_glu_layout("gate_up")
     """
     if glu_layout not in GLU_LAYOUTS:
@@ -89,6 +91,9 @@ def activation_name(activation: Callable[[Tensor], Tensor], gated: bool = False)
 
     Example::
 
+        >>> import torch
+        >>> from torch import nn
+        >>> from scattermoe.activations import activation_name
         >>> activation_name(nn.SiLU(), gated=True), activation_name(nn.GELU("tanh")), activation_name(torch.tanh)
         ('swiglu', 'gelu_tanh', None)
     """
@@ -143,6 +148,8 @@ def apply_activation(
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe.activations import apply_activation
         >>> apply_activation(torch.tensor([-1.0, 2.0]), "relu2")
         tensor([0., 4.])
 
@@ -178,6 +185,8 @@ def apply_glu(gate: Tensor, up: Tensor, activation: str, alpha: float = 1.702, l
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe.activations import apply_glu
         >>> apply_glu(torch.tensor([-1.0, 2.0]), torch.tensor([3.0, 3.0]), "reglu")
         tensor([0., 6.])
 

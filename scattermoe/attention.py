@@ -41,8 +41,11 @@ class AttentionExperts(nn.Module):
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe.attention import AttentionExperts
+        >>> from scattermoe import route
         >>> experts = AttentionExperts(4, hidden_size=16, inner_size=8)
-        >>> routing = functional.route(torch.randint(4, (5, 2)), 4)
+        >>> routing = route(torch.randint(4, (5, 2)), 4)
         >>> experts.queries(torch.randn(5, 16), routing).shape
         torch.Size([10, 8])
 
@@ -168,6 +171,8 @@ class MixtureOfAttention(nn.Module):
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe import MixtureOfAttention
         >>> attention = MixtureOfAttention(hidden_size=32, num_experts=8, top_k=2, num_kv_heads=2, head_dim=8)
         >>> x = torch.randn(1, 6, 32)
         >>> y, aux = attention(x)

@@ -13,6 +13,8 @@ class KVCache:
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe import KVCache
         >>> cache = KVCache()
         >>> keys, values = cache.update(torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8))
         >>> keys, values = cache.update(torch.randn(1, 2, 1, 8), torch.randn(1, 2, 1, 8))
@@ -80,6 +82,8 @@ class StaticKVCache:
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe import StaticKVCache
         >>> cache = StaticKVCache(1, 2, 16, 8)
         >>> keys, values = cache.update(torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8))
         >>> keys.shape, cache.length

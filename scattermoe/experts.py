@@ -38,9 +38,11 @@ class Experts(nn.Module):
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe import Experts, route
         >>> experts = Experts(4, 16, 32)
         >>> gates, expert_ids = torch.rand(5, 4).topk(2)
-        >>> experts(torch.randn(5, 16), gates, functional.route(expert_ids, 4)).shape
+        >>> experts(torch.randn(5, 16), gates, route(expert_ids, 4)).shape
         torch.Size([5, 16])
 
     Source: Scattered Mixture-of-Experts, https://arxiv.org/abs/2403.08245; SonicMoE, https://arxiv.org/abs/2512.14080.
@@ -148,6 +150,8 @@ class SharedExpert(nn.Module):
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe import SharedExpert
         >>> SharedExpert(16, 32)(torch.randn(2, 5, 16)).shape
         torch.Size([2, 5, 16])
 

@@ -45,6 +45,8 @@ def router_z_loss(router_logits: Tensor, token_mask: Tensor | None = None) -> Te
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe import router_z_loss
         >>> router_z_loss(torch.zeros(4, 1) + 3)
         tensor(9.)
 
@@ -87,6 +89,8 @@ def load_balancing_loss(
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe import load_balancing_loss
         >>> logits = torch.eye(4)
         >>> load_balancing_loss(logits, logits.argmax(-1, keepdim=True))
         tensor(1.)
@@ -152,6 +156,8 @@ def router_aux(
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe.losses import router_aux
         >>> logits = torch.eye(4)
         >>> aux = router_aux(logits, logits.argmax(-1, keepdim=True), torch.arange(5))
         >>> aux.expert_load

@@ -124,6 +124,9 @@ class MLP(_ExpertMLP):
 
     Example::
 
+        >>> import torch
+        >>> from torch import nn
+        >>> from scattermoe import MLP
         >>> mlp = MLP(input_size=16, hidden_size=32, num_experts=4, top_k=2, activation=nn.GELU())
         >>> gates, experts = torch.rand(5, 4).softmax(-1).topk(2)
         >>> mlp(torch.randn(5, 16), gates, experts).shape
@@ -172,6 +175,8 @@ class GLUMLP(_ExpertMLP):
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe import GLUMLP
         >>> mlp = GLUMLP(input_size=16, hidden_size=32, num_experts=4, top_k=2)
         >>> gates, experts = torch.rand(5, 4).softmax(-1).topk(2)
         >>> mlp(torch.randn(5, 16), gates, experts).shape

@@ -63,6 +63,8 @@ class MoE(nn.Module):
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe import MoE
         >>> moe = MoE(hidden_size=16, intermediate_size=32, num_experts=8, top_k=2)
         >>> y, aux = moe(torch.randn(2, 5, 16))
         >>> y.shape, aux.expert_load.sum()

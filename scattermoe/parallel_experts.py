@@ -31,6 +31,8 @@ def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, T
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe.parallel_experts import flatten_sort_count
         >>> flatten_sort_count(torch.tensor([[1, 0], [1, 2]]), num_experts=3)
         (tensor([0, 1, 1, 2]), tensor([1, 0, 2, 3]), tensor([1, 3, 4]))
 
@@ -77,6 +79,8 @@ def parallel_linear(
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
         >>> x, w = torch.randn(5, 8), torch.randn(4, 8, 6)
         >>> gates, experts = torch.rand(5, 2), torch.randint(4, (5, 2))
         >>> parallel_linear(x, w, 2, *flatten_sort_count(experts, 4), gates=gates).shape
@@ -139,6 +143,8 @@ class ParallelExperts(nn.Module):
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe.parallel_experts import ParallelExperts, flatten_sort_count
         >>> experts = ParallelExperts(4, 8, 16)
         >>> order = flatten_sort_count(torch.randint(4, (5, 2)), num_experts=4)
         >>> experts(torch.randn(5, 8), 2, *order, grouped_out=True).shape

@@ -27,6 +27,8 @@ def rotary_embedding(
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe.rotary import rotary_embedding
         >>> cos, sin = rotary_embedding(torch.arange(5), head_dim=8)
         >>> cos.shape, cos[0].sum()
         (torch.Size([5, 8]), tensor(8.))
@@ -55,6 +57,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe.rotary import apply_rotary, rotary_embedding
         >>> cos, sin = rotary_embedding(torch.arange(5), head_dim=8)
         >>> x = torch.randn(2, 5, 8)
         >>> torch.allclose(apply_rotary(x, cos, sin).norm(dim=-1), x.norm(dim=-1))

@@ -49,6 +49,8 @@ def update_selection_bias(bias: Tensor, expert_load: Tensor, rate: float = 1e-3)
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe import update_selection_bias
         >>> update_selection_bias(torch.zeros(3), torch.tensor([5, 1, 3]), rate=0.25)
         tensor([-0.2500,  0.2500,  0.0000])
 
@@ -125,6 +127,8 @@ class TopKRouter(nn.Module):
 
     Example::
 
+        >>> import torch
+        >>> from scattermoe import TopKRouter
         >>> router = TopKRouter(16, num_experts=8, top_k=2)
         >>> gates, expert_ids, logits = router(torch.randn(5, 16))
         >>> gates.shape, expert_ids.shape, logits.shape
