@@ -61,7 +61,7 @@ def op_samples(device: str) -> list[tuple[str, str, tuple[Any, ...]]]:
         label = f"{rows} {'grouped' if grouped_out else 'scattered'} {'bias ' if bias else ''}{routing} {layout}"
         args = linear_arguments(device, dtype, rows, bias, routing, layout, True)
         add("parallel_linear", label, *args, grouped_out, None)
-        x, weight, b, slot_order, offsets, top_k, grouped_in = args
+        x, weight, _, slot_order, offsets, top_k, grouped_in = args
         grad = to_device(make((slot_order.size(0), 3), dtype, 5), device).requires_grad_()
         for mask in ([True, True, bias], [True, False, False], [False, True, False]):
             add(

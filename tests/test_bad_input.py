@@ -29,7 +29,7 @@ def size(n: int) -> str:
 
 
 IDS = torch.tensor([[0, 1], [2, 1], [1, 0]])
-T, K, E, H, I = 3, 2, 3, 4, 5
+T, K, E, H, W = 3, 2, 3, 4, 5
 
 
 def routing(device: str) -> scattermoe.Routing:
@@ -86,8 +86,8 @@ def linear(device: str, **changes: Any) -> Callable[[], Any]:
     r = routing(device)
     args = {
         "x": float_of(T, H, device=device),
-        "weight": float_of(E, I, H, device=device),
-        "bias": float_of(E, I, device=device),
+        "weight": float_of(E, W, H, device=device),
+        "bias": float_of(E, W, device=device),
         "slot_order": r.slot_order,
         "expert_offsets": r.expert_offsets,
         "top_k": K,
@@ -122,26 +122,26 @@ class TestParallelLinear:
         refuses(linear(device, top_k=2**62), "top_k")
 
     @pytest.mark.parametrize(
-        "name, shape", [("x", (T,)), ("x", (1, T, H)), ("weight", (I, H)), ("bias", (I,)), ("bias", (E, I, 1))]
+        "name, shape", [("x", (T,)), ("x", (1, T, H)), ("weight", (W, H)), ("bias", (W,)), ("bias", (E, W, 1))]
     )
     def test_dimensions(self, device: str, name: str, shape: tuple[int, ...]) -> None:
         refuses(linear(device, **{name: float_of(*shape, device=device)}), rf"\b{name}\b", size(len(shape)))
 
     def test_bias_sizes(self, device: str) -> None:
-        refuses(linear(device, bias=float_of(E + 1, I, device=device)), "bias", "weight", size(E + 1), size(E))
-        refuses(linear(device, bias=float_of(E, I + 1, device=device)), "bias", "weight", size(I + 1), size(I))
+        refuses(linear(device, bias=float_of(E + 1, W, device=device)), "bias", "weight", size(E + 1), size(E))
+        refuses(linear(device, bias=float_of(E, W + 1, device=device)), "bias", "weight", size(W + 1), size(W))
 
     def test_no_experts(self, device: str) -> None:
         offsets = torch.zeros(1, dtype=torch.int32, device=device)
         refuses(
-            linear(device, weight=float_of(0, I, H, device=device), bias=None, expert_offsets=offsets),
+            linear(device, weight=float_of(0, W, H, device=device), bias=None, expert_offsets=offsets),
             "weight",
             size(0),
         )
 
     def test_experts_of_the_routing(self, device: str) -> None:
         refuses(
-            linear(device, weight=float_of(E + 2, I, H, device=device), bias=None),
+            linear(device, weight=float_of(E + 2, W, H, device=device), bias=None),
             "expert_offsets|routing|num_experts",
             "weight",
         )
@@ -149,7 +149,7 @@ class TestParallelLinear:
     @pytest.mark.parametrize("name", ["x", "weight", "bias"])
     @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.complex64, torch.bool], ids=str)
     def test_dtypes_that_are_not_floating(self, device: str, name: str, dtype: torch.dtype) -> None:
-        shape = {"x": (T, H), "weight": (E, I, H), "bias": (E, I)}[name]
+        shape = {"x": (T, H), "weight": (E, W, H), "bias": (E, W)}[name]
         refuses(
             linear(device, **{name: float_of(*shape, device=device, dtype=dtype)}), rf"\b{name}\b", "(?i)float|dtype"
         )
@@ -157,14 +157,14 @@ class TestParallelLinear:
     def test_everything_integer(self, device: str) -> None:
         ints = {
             n: float_of(*s, device=device, dtype=torch.int64)
-            for n, s in {"x": (T, H), "weight": (E, I, H), "bias": (E, I)}.items()
+            for n, s in {"x": (T, H), "weight": (E, W, H), "bias": (E, W)}.items()
         }
         refuses(linear(device, **ints), r"\bx\b", "(?i)float", "(?i)int|long")
 
     @pytest.mark.parametrize("name", ["weight", "bias"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
     def test_mixed_dtypes(self, device: str, name: str, dtype: torch.dtype) -> None:
-        shape = {"weight": (E, I, H), "bias": (E, I)}[name]
+        shape = {"weight": (E, W, H), "bias": (E, W)}[name]
         words = {torch.float64: "(?i)double|float64", torch.bfloat16: "(?i)bfloat16", torch.float16: "(?i)half|float16"}
         refuses(
             linear(device, **{name: float_of(*shape, device=device, dtype=dtype)}),
@@ -178,7 +178,7 @@ class TestParallelLinear:
     def test_unsupported_dtypes(self, device: str, dtype: torch.dtype) -> None:
         changes = {
             n: float_of(*s, device=device).to(dtype)
-            for n, s in {"x": (T, H), "weight": (E, I, H), "bias": (E, I)}.items()
+            for n, s in {"x": (T, H), "weight": (E, W, H), "bias": (E, W)}.items()
         }
         refuses(linear(device, **changes), r"\bx\b|parallel_linear", "(?i)float8|complex")
 
@@ -187,8 +187,8 @@ class TestParallelLinear:
         r = routing(device)
         tensors = {
             "x": float_of(T, H, device=device),
-            "weight": float_of(E, I, H, device=device),
-            "bias": float_of(E, I, device=device),
+            "weight": float_of(E, W, H, device=device),
+            "bias": float_of(E, W, device=device),
             "slot_order": r.slot_order,
             "expert_offsets": r.expert_offsets,
         }
@@ -200,44 +200,37 @@ class TestParallelLinear:
         refuses(linear(device, **{name: getattr(routing(device), name).to(dtype)}), name, "(?i)int32|int\\b")
 
     def test_sparse_weight(self, device: str) -> None:
-        refuses(linear(device, weight=float_of(E, I, H, device=device).to_sparse()))
+        refuses(linear(device, weight=float_of(E, W, H, device=device).to_sparse()))
 
     def test_old_signature_points_to_the_compatible_module(self, device: str) -> None:
         r = routing(device)
-        call = lambda: scattermoe.parallel_linear(  # noqa: E731
-            float_of(T, H, device=device),
-            float_of(E, H, I, device=device),
-            K,
-            r.expert_offsets,
-            r.slot_order,
-            r.expert_offsets,
-        )
+        x, weight = float_of(T, H, device=device), float_of(E, H, W, device=device)
         with pytest.raises(TypeError, match=r"scattermoe\.parallel_experts\.parallel_linear"):
-            call()
+            scattermoe.parallel_linear(x, weight, K, r.expert_offsets, r.slot_order, r.expert_offsets)
 
     def test_x_that_fits_neither_tokens_nor_slots(self, device: str) -> None:
         call = lambda: scattermoe.parallel_linear(
-            float_of(4, H, device=device), float_of(E, I, H, device=device), routing(device)
+            float_of(4, H, device=device), float_of(E, W, H, device=device), routing(device)
         )
         refuses(call, r"\bx\b", size(4), f"{size(3)}|{size(6)}")
 
     def test_x_with_leading_dimensions(self, device: str) -> None:
         call = lambda: scattermoe.parallel_linear(
-            float_of(1, T, H, device=device), float_of(E, I, H, device=device), routing(device)
+            float_of(1, T, H, device=device), float_of(E, W, H, device=device), routing(device)
         )
         refuses(call, r"\bx\b", "3|dim")
 
     @pytest.mark.parametrize("wrong", ["grad.size(0)", "grad.size(1)", "dtype"])
     def test_gradient(self, device: str, wrong: str) -> None:
         r = routing(device)
-        shape = {"grad.size(0)": (7, I), "grad.size(1)": (6, 9), "dtype": (6, I)}[wrong]
+        shape = {"grad.size(0)": (7, W), "grad.size(1)": (6, 9), "dtype": (6, W)}[wrong]
         grad = float_of(*shape, device=device, dtype=torch.float64 if wrong == "dtype" else torch.float32)
         refuses(
             lambda: torch.ops.scattermoe._parallel_linear_backward(
                 *(
                     grad,
                     float_of(T, H, device=device),
-                    float_of(E, I, H, device=device),
+                    float_of(E, W, H, device=device),
                     r.slot_order,
                     r.expert_offsets,
                 ),
@@ -254,7 +247,7 @@ class TestParallelLinear:
                 linear(
                     "cpu",
                     x=torch.empty(slots // 2, H, device="meta"),
-                    weight=torch.empty(E, I, H, device="meta"),
+                    weight=torch.empty(E, W, H, device="meta"),
                     bias=None,
                     slot_order=torch.empty(slots, **meta),
                     expert_offsets=torch.empty(E + 1, **meta),
@@ -276,9 +269,9 @@ def mlp(device: str, **changes: Any) -> Callable[[], Any]:
     r = routing(device)
     args = {
         "x": float_of(T, H, device=device),
-        "w_up": float_of(E, 2 * I, H, device=device),
-        "b_up": float_of(E, 2 * I, device=device),
-        "w_down": float_of(E, H, I, device=device),
+        "w_up": float_of(E, 2 * W, H, device=device),
+        "b_up": float_of(E, 2 * W, device=device),
+        "w_down": float_of(E, H, W, device=device),
         "b_down": float_of(E, H, device=device),
         "gates": float_of(T, K, device=device),
         **r._asdict(),
@@ -288,9 +281,9 @@ def mlp(device: str, **changes: Any) -> Callable[[], Any]:
 
 MLP_SHAPES = {
     "x": (T, H),
-    "w_up": (E, 2 * I, H),
-    "b_up": (E, 2 * I),
-    "w_down": (E, H, I),
+    "w_up": (E, 2 * W, H),
+    "b_up": (E, 2 * W),
+    "w_down": (E, H, W),
     "b_down": (E, H),
     "gates": (T, K),
 }
@@ -349,8 +342,8 @@ class TestMoeMlp:
         refuses(
             mlp(
                 device,
-                w_up=float_of(0, 2 * I, H, device=device),
-                w_down=float_of(0, H, I, device=device),
+                w_up=float_of(0, 2 * W, H, device=device),
+                w_down=float_of(0, H, W, device=device),
                 b_up=None,
                 b_down=None,
                 expert_offsets=torch.zeros(1, dtype=torch.int32, device=device),
@@ -373,12 +366,12 @@ class TestMoeMlp:
         refuses(mlp(device, activation="swiglu_clamped", limit=limit), "limit", "-1|(?i:nan)")
 
     def test_a_gated_activation_needs_both_halves(self, device: str) -> None:
-        changes = {"w_up": float_of(E, I, H, device=device), "b_up": None}
-        refuses(mlp(device, **changes), "w_up", "gated", size(I), size(2 * I))
+        changes = {"w_up": float_of(E, W, H, device=device), "b_up": None}
+        refuses(mlp(device, **changes), "w_up", "gated", size(W), size(2 * W))
         mlp(device, **changes, activation="silu")()
 
     def test_a_plain_activation_needs_one(self, device: str) -> None:
-        refuses(mlp(device, activation="silu"), "w_up", "not gated|plain", size(2 * I), size(I))
+        refuses(mlp(device, activation="silu"), "w_up", "not gated|plain", size(2 * W), size(W))
 
     def test_nan_gates_pass_through(self, device: str) -> None:
         gates = float_of(T, K, device=device)
@@ -388,7 +381,7 @@ class TestMoeMlp:
 
     def test_weights_that_need_a_gradient_but_are_integer(self, device: str) -> None:
         # Parameters of a quantised checkpoint, say: PyTorch itself refuses the gradient, the operator the dtype.
-        weight = torch.ones(E, 2 * I, H, dtype=torch.int8, device=device)
+        weight = torch.ones(E, 2 * W, H, dtype=torch.int8, device=device)
         refuses(lambda: weight.requires_grad_(), "(?i)floating")
         refuses(mlp(device, w_up=weight), "w_up", "(?i)float|dtype", "(?i)int8|char")
 
@@ -411,7 +404,7 @@ class TestMoeMlp:
     def test_function_checks_too(self, device: str) -> None:
         r = routing(device)
         x, gates = float_of(T, H, device=device), float_of(T, K, device=device)
-        w_up, w_down = float_of(E, 2 * I, H, device=device), float_of(E, H, I, device=device)
+        w_up, w_down = float_of(E, 2 * W, H, device=device), float_of(E, H, W, device=device)
         refuses(lambda: scattermoe.moe_mlp(x.unsqueeze(0), w_up, w_down, gates, r), r"\bx\b")
         refuses(lambda: scattermoe.moe_mlp(x, w_up, w_down, gates[:, :1], r), "gates", size(1), size(2))
         refuses(
@@ -423,7 +416,7 @@ class TestMoeMlp:
     def test_gradient(self, device: str, name: str) -> None:
         tensors = {n: float_of(*s, device=device) for n, s in MLP_SHAPES.items()}
         del tensors["b_up"]
-        args = {"grad": float_of(T, H, device=device)} | tensors | {"z": float_of(T * K, 2 * I, device=device)}
+        args = {"grad": float_of(T, H, device=device)} | tensors | {"z": float_of(T * K, 2 * W, device=device)}
         args = {n: args[n] for n in ("grad", "x", "w_up", "w_down", "b_down", "gates", "z")}
         args[name] = float_of(17, args[name].size(1), device=device)
         refuses(
@@ -565,7 +558,7 @@ class TestMeta:
                 call = linear(
                     "cpu",
                     x=at(torch.ones(T, 7)),
-                    weight=at(torch.ones(E, I, H)),
+                    weight=at(torch.ones(E, W, H)),
                     bias=None,
                     slot_order=r[0],
                     expert_offsets=r[2],
