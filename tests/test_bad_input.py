@@ -209,16 +209,14 @@ class TestParallelLinear:
             scattermoe.parallel_linear(x, weight, K, r.expert_offsets, r.slot_order, r.expert_offsets)
 
     def test_x_that_fits_neither_tokens_nor_slots(self, device: str) -> None:
-        call = lambda: scattermoe.parallel_linear(
-            float_of(4, H, device=device), float_of(E, W, H, device=device), routing(device)
+        x, weight = float_of(4, H, device=device), float_of(E, W, H, device=device)
+        refuses(
+            lambda: scattermoe.parallel_linear(x, weight, routing(device)), r"\bx\b", size(4), f"{size(3)}|{size(6)}"
         )
-        refuses(call, r"\bx\b", size(4), f"{size(3)}|{size(6)}")
 
     def test_x_with_leading_dimensions(self, device: str) -> None:
-        call = lambda: scattermoe.parallel_linear(
-            float_of(1, T, H, device=device), float_of(E, W, H, device=device), routing(device)
-        )
-        refuses(call, r"\bx\b", "3|dim")
+        x, weight = float_of(1, T, H, device=device), float_of(E, W, H, device=device)
+        refuses(lambda: scattermoe.parallel_linear(x, weight, routing(device)), r"\bx\b", "3|dim")
 
     @pytest.mark.parametrize("wrong", ["grad.size(0)", "grad.size(1)", "dtype"])
     def test_gradient(self, device: str, wrong: str) -> None:
