@@ -1,0 +1,141 @@
+// Gather-and-sum and its backward: memory-bound, so what counts is 16-byte accesses and enough of them in flight.
+
+#include "combine.h"
+
+#include "dispatch.h"
+#include "fast_divider.h"
+#include "vector.h"
+
+namespace scattermoe::kernels {
+
+namespace {
+
+// Rows of one token that a thread loads before it adds the first.
+constexpr int kRowsInFlight = 8;
+
+template <typename T, bool kAligned>
+__global__ void __launch_bounds__(kRowBlockThreads) combine_kernel(const CombineParams p) {
+    using Compute = ComputeType<T>;
+    constexpr int kSize = kVectorSize<T, kAligned>;
+    using Vec = Vector<T, kSize>;
+    const int64_t token = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+    if (token >= p.num_tokens) return;
+    const T* const rows = static_cast<const T*>(p.rows);
+    const Compute* const gates = static_cast<const Compute*>(p.gates);
+    const int64_t first_slot = token * p.top_k;
+
+    for (int64_t column = int64_t{threadIdx.x} * kSize; column < p.hidden; column += int64_t{blockDim.x} * kSize) {
+        Compute sum[kSize] = {};
+        for (int j0 = 0; j0 < p.top_k; j0 += kRowsInFlight) {
+            Vec values[kRowsInFlight];
+            Compute weights[kRowsInFlight];
+            bool valid[kRowsInFlight];
+#pragma unroll
+            for (int i = 0; i < kRowsInFlight; ++i) {
+                const int64_t slot = first_slot + j0 + i;
+                valid[i] = j0 + i < p.top_k;
+                int64_t row = slot;
+                if (valid[i] && p.slot_position != nullptr) {
+                    const int32_t position = p.slot_position[slot];
+                    valid[i] = position >= 0;
+                    if (p.grouped) row = position;
+                }
+                if (valid[i]) {
+                    weights[i] = gates == nullptr ? Compute(1) : gates[slot];
+                    values[i] = Vec::load(rows + row * p.hidden + column);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < kRowsInFlight; ++i) {
+                // Skipped, not multiplied by zero: a sentinel's row may hold NaN.
+                if (!valid[i]) continue;
+#pragma unroll
+                for (int c = 0; c < kSize; ++c)
+                    sum[c] += weights[i] * values[i].get(c);
+            }
+        }
+        Vec result;
+#pragma unroll
+        for (int c = 0; c < kSize; ++c)
+            result.set(c, sum[c]);
+        result.store(static_cast<T*>(p.out) + token * p.hidden + column);
+    }
+}
+
+// One warp for each grouped position.
+template <typename T, bool kAligned>
+__global__ void __launch_bounds__(kRowBlockThreads)
+    combine_backward_kernel(const CombineBackwardParams p, const FastDivider top_k) {
+    using Compute = ComputeType<T>;
+    constexpr int kSize = kVectorSize<T, kAligned>;
+    using Vec = Vector<T, kSize>;
+    const int lane = threadIdx.x;
+    const int64_t position = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+    if (position >= p.num_slots) return;
+    const int32_t slot = p.slot_order[position];
+    const bool sentinel = p.slot_position[slot] < 0;
+    const int64_t row = p.grouped ? position : slot;
+    const T* const grad = static_cast<const T*>(p.grad) + int64_t{top_k.divide(slot)} * p.hidden;
+    const T* const values = static_cast<const T*>(p.rows) + row * p.hidden;
+    T* const grad_row = static_cast<T*>(p.grad_rows) + row * p.hidden;
+    const Compute gate = p.gates == nullptr ? Compute(1) : static_cast<const Compute*>(p.gates)[slot];
+
+    Compute dot = 0;
+    for (int64_t column = int64_t{lane} * kSize; column < p.hidden; column += kWarpSize * kSize) {
+        Vec result = Vec::zero();
+        if (!sentinel) {
+            const Vec g = Vec::load(grad + column);
+            if (p.grad_gates != nullptr) {
+                const Vec v = Vec::load(values + column);
+#pragma unroll
+                for (int c = 0; c < kSize; ++c)
+                    dot += g.get(c) * v.get(c);
+            }
+#pragma unroll
+            for (int c = 0; c < kSize; ++c)
+                result.set(c, gate * g.get(c));
+        }
+        if (p.grad_rows != nullptr) result.store(grad_row + column);
+    }
+    if (p.grad_gates == nullptr) return;
+    dot = warp_sum(dot);
+    if (lane == 0) static_cast<Compute*>(p.grad_gates)[slot] = dot;
+}
+
+template <typename T>
+bool rows_aligned(int64_t hidden) {
+    return hidden * static_cast<int64_t>(sizeof(T)) % kVectorBytes == 0;
+}
+
+}  // namespace
+
+cudaError_t combine(const CombineParams& p, cudaStream_t stream) {
+    if (p.num_tokens == 0 || p.hidden == 0) return cudaSuccess;
+    return dispatch_dtype(p.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        const bool aligned = rows_aligned<T>(p.hidden) && is_vector_aligned(p.rows) && is_vector_aligned(p.out);
+        return dispatch_bool(aligned, [&](auto vectors) {
+            const dim3 block = row_block(ceil_div(p.hidden, kVectorSize<T, vectors.value>));
+            const auto grid = static_cast<unsigned>(ceil_div(p.num_tokens, block.y));
+            combine_kernel<T, vectors.value><<<grid, block, 0, stream>>>(p);
+            return cudaGetLastError();
+        });
+    });
+}
+
+cudaError_t combine_backward(const CombineBackwardParams& p, cudaStream_t stream) {
+    if (p.num_slots == 0 || (p.grad_rows == nullptr && p.grad_gates == nullptr)) return cudaSuccess;
+    return dispatch_dtype(p.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        const bool aligned = rows_aligned<T>(p.hidden) && is_vector_aligned(p.grad) && is_vector_aligned(p.rows) &&
+                             is_vector_aligned(p.grad_rows);
+        return dispatch_bool(aligned, [&](auto vectors) {
+            const dim3 block(kWarpSize, kRowBlockThreads / kWarpSize);
+            const auto grid = static_cast<unsigned>(ceil_div(p.num_slots, block.y));
+            combine_backward_kernel<T, vectors.value><<<grid, block, 0, stream>>>(p, FastDivider(p.top_k));
+            return cudaGetLastError();
+        });
+    });
+}
+
+}  // namespace scattermoe::kernels

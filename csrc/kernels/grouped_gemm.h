@@ -1,0 +1,70 @@
+#pragma once
+
+// The two products everything is made of, on rows in grouped order that lie anywhere.
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "fast_divider.h"
+#include "types.h"
+
+namespace scattermoe::kernels {
+
+// Where the row of a grouped position lies: at the position itself, at its slot, or (divided by top_k) at its token.
+struct RowMap {
+    const int32_t* slot_order = nullptr;  // none: rows are in grouped order
+    FastDivider top_k;
+
+    __device__ __forceinline__ int32_t operator()(int32_t position) const {
+        return slot_order == nullptr ? position : top_k.divide(slot_order[position]);
+    }
+};
+
+// out[rows(p), :] = in[rows(p), :] W[e]^T + bias[e] for every grouped position p of expert e; zero for sentinels.
+struct GroupedGemmParams {
+    DType dtype = DType::kBFloat16;
+    bool allow_tf32 = false;
+    const void* in = nullptr;  // rows of k elements, contiguous within a row
+    int64_t in_stride = 0;     // in elements, like every stride
+    RowMap in_rows;
+    const void* weight = nullptr;  // [E, n, k] with either of the last two contiguous
+    int64_t weight_expert_stride = 0;
+    int64_t weight_n_stride = 0;
+    int64_t weight_k_stride = 0;
+    const void* bias = nullptr;  // [E, n] contiguous, or none
+    void* out = nullptr;         // rows of n elements, contiguous within a row
+    int64_t out_stride = 0;
+    RowMap out_rows;
+    const int32_t* expert_offsets = nullptr;  // [E + 1]
+    int32_t num_experts = 0;
+    int32_t num_slots = 0;
+    int32_t n = 0;
+    int32_t k = 0;
+};
+
+cudaError_t grouped_gemm(const GroupedGemmParams& params, cudaStream_t stream);
+
+// out[e] = sum over the grouped positions p of expert e of left[rows(p), :]^T right[rows(p), :]; zero without any.
+struct WeightGradParams {
+    DType dtype = DType::kBFloat16;
+    bool allow_tf32 = false;
+    const void* left = nullptr;  // rows of m elements
+    int64_t left_stride = 0;
+    RowMap left_rows;
+    const void* right = nullptr;  // rows of n elements
+    int64_t right_stride = 0;
+    RowMap right_rows;
+    void* out = nullptr;  // [E, m, n], n contiguous
+    int64_t out_expert_stride = 0;
+    int64_t out_stride = 0;
+    const int32_t* expert_offsets = nullptr;  // [E + 1]
+    int32_t num_experts = 0;
+    int32_t num_slots = 0;
+    int32_t m = 0;
+    int32_t n = 0;
+};
+
+cudaError_t weight_grad(const WeightGradParams& params, cudaStream_t stream);
+
+}  // namespace scattermoe::kernels

@@ -1,0 +1,133 @@
+#pragma once
+
+// Which kernel and tile a product takes: pure functions of dtype, shape, alignment and architecture, so that they can
+// be tested and shown without a GPU. The same shape always takes the same kernel; nothing is tuned at run time.
+
+#include <cstdint>
+
+#include "types.h"
+
+namespace scattermoe::kernels {
+
+enum class GemmEngine : int {
+    kSimt,        // fused multiply-add, IEEE float32 or float64
+    kTensorCore,  // mma.sync: bfloat16, float16, TF32
+};
+
+// Which dimension of an operand is contiguous in memory: the contraction, or the other one (m of A, n of B).
+enum class Major : int { kK, kMn };
+
+// What one thread block computes: an m x n tile of the output, with `stages` blocks of the contraction, each k_bytes
+// deep, on their way from memory.
+struct GemmTile {
+    int m;
+    int n;
+    int k_bytes;
+    int warps_m;
+    int warps_n;
+    int stages;
+    int blocks_per_sm;  // what registers and shared memory leave room for on the chips the tile is meant for
+
+    SCATTERMOE_HD constexpr int threads() const { return warps_m * warps_n * 32; }
+    SCATTERMOE_HD constexpr int stage_bytes() const { return (m + n) * k_bytes; }
+    SCATTERMOE_HD constexpr int shared_bytes() const { return stages * stage_bytes(); }
+    SCATTERMOE_HD constexpr int k_elements(int element_bytes) const { return k_bytes / element_bytes; }
+};
+
+// The tiles there are. Tensor-core tiles are four warps of 64 x 64 each: 128 accumulators a thread, which with
+// double-buffered fragments is what 255 registers hold, and as many products for each ldmatrix as registers allow. Two
+// blocks share an SM, so that one's epilogue and first loads hide behind the other's products.
+enum class TileId : int {
+    // 3 stages of 128 bytes, 96 KB: two blocks need an SM of 228 KB (9.x, 10.x).
+    kDeep,
+    // 3 stages of 64 bytes, 48 KB: two blocks fit an SM of 100 KB (8.6, 8.9, 12.x), and 8.0 with room to spare.
+    kFlat,
+    // Few rows for each expert (decoding): the product reads every weight for a handful of rows and is bound by memory,
+    // so
+    // rows are not padded beyond 32 and more stages are in flight.
+    kDeepSlim,
+    kFlatSlim,
+    // Fused multiply-add: 256 threads, 8 x 8 (float32) or 4 x 4 (float64) outputs each.
+    kSimt32,
+    kSimt64,
+};
+
+SCATTERMOE_HD constexpr GemmTile tile_shape(TileId tile) {
+    switch (tile) {
+        case TileId::kDeep:
+            return {128, 128, 128, 2, 2, 3, 2};
+        case TileId::kFlat:
+            return {128, 128, 64, 2, 2, 3, 2};
+        case TileId::kDeepSlim:
+            return {32, 128, 128, 1, 4, 4, 2};
+        case TileId::kFlatSlim:
+            return {32, 128, 64, 1, 4, 4, 2};
+        case TileId::kSimt32:
+            return {128, 128, 32, 8, 1, 2, 2};
+        case TileId::kSimt64:
+            return {64, 64, 64, 8, 1, 2, 2};
+    }
+    return {};
+}
+
+// Shared memory of an SM, and what each block takes besides its tile.
+inline constexpr int kLargeSharedMemory = 227 * 1024, kSmallSharedMemory = 99 * 1024, kBlockOverhead = 1024;
+
+constexpr bool fits_shared_memory(TileId tile, int bytes) {
+    const GemmTile shape = tile_shape(tile);
+    return shape.blocks_per_sm * (shape.shared_bytes() + kBlockOverhead) <= bytes;
+}
+static_assert(fits_shared_memory(TileId::kDeep, kLargeSharedMemory));
+static_assert(fits_shared_memory(TileId::kDeepSlim, kLargeSharedMemory));
+static_assert(fits_shared_memory(TileId::kFlat, kSmallSharedMemory));
+static_assert(fits_shared_memory(TileId::kFlatSlim, kSmallSharedMemory));
+
+// True for the architectures (of the compiled code, 90 for 9.0) whose SMs have 228 KB of shared memory. Device code is
+// compiled for one of the two families alone, by the architecture it is compiled for.
+SCATTERMOE_HD constexpr bool has_large_shared_memory(int code_arch) {
+    return code_arch >= 90 && code_arch < 120;
+}
+
+// Mean rows for each expert up to which the slim tile is taken: the 128-row tile would be more than half padding.
+inline constexpr int64_t kSlimRows = 48;
+
+struct GemmQuery {
+    DType dtype;
+    bool allow_tf32;  // float32 alone: whether products may round their operands to TF32
+    int code_arch;    // architecture that the loaded code was compiled for: 80, 86, 89, 90, 100, 120
+    bool aligned;     // every row of both operands starts at a multiple of 16 bytes
+    int64_t rows;     // grouped rows in all
+    int64_t num_experts;
+    bool weight_gradient;  // the contraction runs over the rows
+};
+
+struct GemmChoice {
+    GemmEngine engine;
+    TileId tile;
+    bool vector_copies;  // 16-byte cp.async; else one element at a time through registers
+    const char* why;
+};
+
+constexpr GemmChoice select_gemm(const GemmQuery& query) {
+    if (query.dtype == DType::kFloat64) {
+        return {GemmEngine::kSimt, TileId::kSimt64, false, "float64: fused multiply-add, 64x64 tile (registers)"};
+    }
+    if (query.dtype == DType::kFloat32 && !query.allow_tf32) {
+        return {GemmEngine::kSimt, TileId::kSimt32, false,
+                "IEEE float32: fused multiply-add, 128x128 tile (registers)"};
+    }
+    const bool large = has_large_shared_memory(query.code_arch);
+    if (!query.aligned) {
+        return {GemmEngine::kTensorCore, large ? TileId::kDeep : TileId::kFlat, false,
+                "mma.sync, element-wise copies: rows do not start at multiples of 16 bytes"};
+    }
+    if (!query.weight_gradient && query.rows <= kSlimRows * query.num_experts) {
+        return {GemmEngine::kTensorCore, large ? TileId::kDeepSlim : TileId::kFlatSlim, true,
+                "mma.sync, 32-row tile: few rows for each expert, bound by the weights' memory traffic"};
+    }
+    return {GemmEngine::kTensorCore, large ? TileId::kDeep : TileId::kFlat, true,
+            large ? "mma.sync, 128x128 tile, 128-byte stages (registers; 228 KB of shared memory)"
+                  : "mma.sync, 128x128 tile, 64-byte stages (registers; two blocks in 100 KB of shared memory)"};
+}
+
+}  // namespace scattermoe::kernels

@@ -1,0 +1,10 @@
+#include "grouped_gemm_kernel.h"
+#include "instances.h"
+
+namespace scattermoe::kernels::sm80 {
+
+cudaError_t grouped_gemm_bf16(const GroupedGemmParams& params, const GemmChoice& choice, cudaStream_t stream) {
+    return grouped_gemm<__nv_bfloat16>(params, choice, stream);
+}
+
+}  // namespace scattermoe::kernels::sm80

@@ -1,0 +1,10 @@
+#include "instances.h"
+#include "weight_grad_kernel.h"
+
+namespace scattermoe::kernels::sm80 {
+
+cudaError_t weight_grad_bf16(const WeightGradParams& params, const GemmChoice& choice, cudaStream_t stream) {
+    return weight_grad<__nv_bfloat16>(params, choice, stream);
+}
+
+}  // namespace scattermoe::kernels::sm80

@@ -1,0 +1,164 @@
+#include "../moe_mlp.h"
+
+#include <torch/library.h>
+
+#include "../../kernels/activation_kernels.h"
+#include "products.h"
+#include "support.h"
+
+namespace scattermoe {
+
+namespace {
+
+struct Forward {
+    at::Tensor y;
+    at::Tensor z;  // pre-activations, grouped
+};
+
+at::Tensor activate(const char* op, const at::Tensor& z, int64_t width, const ActivationParams& activation) {
+    at::Tensor hidden = at::empty({z.size(0), width}, z.options());
+    kernels::ActivationForwardParams p;
+    p.dtype = cuda::kernel_dtype(z.scalar_type());
+    p.activation = activation;
+    p.z = z.const_data_ptr();
+    p.hidden = hidden.mutable_data_ptr();
+    p.rows = z.size(0);
+    p.width = width;
+    cuda::check_launch(op, kernels::activation_forward(p, cuda::current_stream()), {{"z", z}});
+    return hidden;
+}
+
+Forward forward(const char* op, const at::Tensor& x, const at::Tensor& w_up, const std::optional<at::Tensor>& b_up,
+                const at::Tensor& w_down, const std::optional<at::Tensor>& b_down, const at::Tensor& gates,
+                const at::Tensor& slot_order, const at::Tensor& slot_position, const at::Tensor& expert_offsets,
+                const ActivationParams& activation, std::optional<bool> allow_tf32_) {
+    const c10::cuda::CUDAGuard guard(x.device());
+    const cuda::Groups groups(slot_order, expert_offsets);
+    const int64_t top_k = slot_position.size(1);
+    const bool allow_tf32 = cuda::resolve_allow_tf32(allow_tf32_);
+    const at::Tensor z =
+        cuda::grouped_product(op, {x, groups.by_token(top_k)}, w_up, b_up, groups.grouped(), groups, allow_tf32);
+    at::Tensor hidden = activate(op, z, w_down.size(2), activation);
+    const at::Tensor rows =
+        cuda::grouped_product(op, {hidden, groups.grouped()}, w_down, b_down, groups.grouped(), groups, allow_tf32);
+    hidden.reset();
+    const at::Tensor y = cuda::combine_rows(op, rows, cuda::compute_gates(gates, x.scalar_type()), slot_position, top_k,
+                                            /*grouped=*/true);
+    return {y, z};
+}
+
+at::Tensor moe_mlp_cuda(const at::Tensor& x, const at::Tensor& w_up, const std::optional<at::Tensor>& b_up,
+                        const at::Tensor& w_down, const std::optional<at::Tensor>& b_down, const at::Tensor& gates,
+                        const at::Tensor& slot_order, const at::Tensor& slot_position, const at::Tensor& expert_offsets,
+                        std::string_view activation, std::string_view glu_layout, double alpha, double limit,
+                        std::optional<bool> allow_tf32) {
+    check_moe_mlp(x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets, activation,
+                  glu_layout);
+    return forward("moe_mlp", x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets,
+                   parse_activation_params("moe_mlp", activation, glu_layout, alpha, limit), allow_tf32)
+        .y;
+}
+
+std::tuple<at::Tensor, at::Tensor> moe_mlp_forward_cuda(
+    const at::Tensor& x, const at::Tensor& w_up, const std::optional<at::Tensor>& b_up, const at::Tensor& w_down,
+    const std::optional<at::Tensor>& b_down, const at::Tensor& gates, const at::Tensor& slot_order,
+    const at::Tensor& slot_position, const at::Tensor& expert_offsets, std::string_view activation,
+    std::string_view glu_layout, double alpha, double limit, std::optional<bool> allow_tf32) {
+    check_moe_mlp(x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets, activation,
+                  glu_layout);
+    Forward result =
+        forward("_moe_mlp_forward", x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets,
+                parse_activation_params("_moe_mlp_forward", activation, glu_layout, alpha, limit), allow_tf32);
+    return {result.y, result.z};
+}
+
+// With rows of a slot s of token t and expert e, dO = dL/dy[t], g its gate, A = act(z):
+//   dA' = dO W_down, so that dL/dA = g dA' and dL/dg = <dO, A W_down^T + b_down> = <dA', A> + <dO, b_down>
+//   dL/dz = g dA' act'(z);  dL/dx[t] = sum of its slots' dL/dz W_up
+//   dL/dW_down = sum of dO^T (g A);  dL/dW_up = sum of (dL/dz)^T x[t];  dL/db_up = sum of dL/dz;  dL/db_down = sum of g
+//   dO
+MoeMlpGrads moe_mlp_backward_cuda(const at::Tensor& grad_, const at::Tensor& x, const at::Tensor& w_up,
+                                  const at::Tensor& w_down, const std::optional<at::Tensor>& b_down,
+                                  const at::Tensor& gates, const at::Tensor& z_, const at::Tensor& slot_order,
+                                  const at::Tensor& slot_position, const at::Tensor& expert_offsets,
+                                  std::string_view activation, std::string_view glu_layout, double alpha, double limit,
+                                  std::optional<bool> allow_tf32_, std::array<bool, kNumMoeMlpGrads> output_mask) {
+    constexpr const char* kOp = "_moe_mlp_backward";
+    check_moe_mlp_backward(grad_, x, w_up, w_down, b_down, gates, z_, slot_order, slot_position, expert_offsets,
+                           activation, glu_layout, output_mask);
+    const c10::cuda::CUDAGuard guard(grad_.device());
+    const cuda::Groups groups(slot_order, expert_offsets);
+    const int64_t top_k = slot_position.size(1), width = w_down.size(2);
+    const bool allow_tf32 = cuda::resolve_allow_tf32(allow_tf32_);
+    const auto [need_x, need_w_up, need_b_up, need_w_down, need_b_down, need_gates] = output_mask;
+    const bool need_z = need_x || need_w_up || need_b_up;
+
+    const at::Tensor grad = grad_.contiguous(), z = z_.contiguous();
+    const at::Tensor compute_gates = cuda::compute_gates(gates, grad.scalar_type());
+    const cuda::MappedRows grad_rows{grad, groups.by_token(top_k)};
+    at::Tensor grad_x = empty_gradient(grad), grad_w_up = empty_gradient(grad), grad_b_up = empty_gradient(grad);
+    at::Tensor grad_w_down = empty_gradient(grad), grad_b_down = empty_gradient(grad);
+    at::Tensor grad_gates = empty_gradient(grad);
+
+    if (need_b_down) grad_b_down = cuda::bias_gradient(kOp, grad_rows, compute_gates, groups);
+    if (!(need_z || need_w_down || need_gates)) {
+        return {grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_gates};
+    }
+
+    at::Tensor grad_hidden = cuda::grouped_product(kOp, grad_rows, w_down.transpose(1, 2), /*bias=*/std::nullopt,
+                                                   groups.grouped(), groups, allow_tf32);
+    at::Tensor grad_z = need_z ? at::empty_like(z) : at::Tensor();
+    if (need_gates) grad_gates = at::empty(gates.sizes(), compute_gates.options());
+    const at::Tensor bias = has_value(b_down) ? b_down->contiguous() : at::Tensor();
+    kernels::ActivationBackwardParams p;
+    p.dtype = cuda::kernel_dtype(grad.scalar_type());
+    p.activation = parse_activation_params(kOp, activation, glu_layout, alpha, limit);
+    p.grad_hidden = grad_hidden.const_data_ptr();
+    p.z = z.const_data_ptr();
+    p.gates = compute_gates.const_data_ptr();
+    p.slot_order = groups.slot_order.const_data_ptr<int32_t>();
+    p.expert_offsets = groups.expert_offsets.const_data_ptr<int32_t>();
+    p.num_experts = cuda::size_32(kOp, "the number of experts", groups.num_experts());
+    p.grad_z = need_z ? grad_z.mutable_data_ptr() : nullptr;
+    // g A takes the place of dA', element by element.
+    p.gated_hidden = need_w_down ? grad_hidden.mutable_data_ptr() : nullptr;
+    p.grad_gates = need_gates ? grad_gates.mutable_data_ptr() : nullptr;
+    p.num_slots = groups.num_slots();
+    p.width = width;
+    p.grad = grad.const_data_ptr();
+    p.bias = cuda::data_or_null(bias);
+    p.top_k = cuda::size_32(kOp, "slot_position.size(1)", top_k);
+    p.out_features = grad.size(1);
+    cuda::check_launch(kOp, kernels::activation_backward(p, cuda::current_stream()),
+                       {{"grad", grad}, {"z", z}, {"w_down", w_down}});
+    const at::Tensor gated_hidden = std::move(grad_hidden);
+
+    if (need_gates) grad_gates = grad_gates.to(gates.scalar_type());
+    if (need_w_down) {
+        grad_w_down = at::empty_like(w_down);
+        cuda::weight_gradient(kOp, grad_rows, {gated_hidden, groups.grouped()}, grad_w_down, groups, allow_tf32);
+    }
+    if (!need_z) return {grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_gates};
+    const cuda::MappedRows grad_z_rows{grad_z, groups.grouped()};
+    if (need_b_up) grad_b_up = cuda::bias_gradient(kOp, grad_z_rows, /*gates=*/at::Tensor(), groups);
+    if (need_x) {
+        const at::Tensor rows = cuda::grouped_product(kOp, grad_z_rows, w_up.transpose(1, 2), /*bias=*/std::nullopt,
+                                                      groups.grouped(), groups, allow_tf32);
+        grad_x = cuda::combine_rows(kOp, rows, /*gates=*/at::Tensor(), slot_position, top_k, /*grouped=*/true);
+    }
+    if (need_w_up) {
+        grad_w_up = at::empty_like(w_up);
+        cuda::weight_gradient(kOp, grad_z_rows, {x, groups.by_token(top_k)}, grad_w_up, groups, allow_tf32);
+    }
+    return {grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_gates};
+}
+
+TORCH_LIBRARY_IMPL(scattermoe, CUDA, m) {
+    m.impl("moe_mlp", TORCH_FN(moe_mlp_cuda));
+    m.impl("_moe_mlp_forward", TORCH_FN(moe_mlp_forward_cuda));
+    m.impl("_moe_mlp_backward", TORCH_FN(moe_mlp_backward_cuda));
+}
+
+}  // namespace
+
+}  // namespace scattermoe

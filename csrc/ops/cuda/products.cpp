@@ -1,0 +1,123 @@
+#include "products.h"
+
+#include "../../kernels/bias_grad.h"
+#include "../../kernels/combine.h"
+
+namespace scattermoe::cuda {
+
+kernels::RowMap Groups::by_token(int64_t top_k) const {
+    return {slot_order.const_data_ptr<int32_t>(), kernels::FastDivider(static_cast<int32_t>(top_k))};
+}
+
+at::Tensor grouped_product(const char* op, const MappedRows& rows, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias, const kernels::RowMap& out_map, const Groups& groups,
+                           bool allow_tf32) {
+    const at::Tensor in = with_contiguous_rows(rows.tensor);
+    const int64_t n = weight.size(1), k = weight.size(2);
+    // A dimension of one element is contiguous whatever its stride says.
+    const bool readable = weight.stride(2) == 1 || k <= 1 || weight.stride(1) == 1 || n <= 1;
+    const at::Tensor w = readable ? weight : weight.contiguous();
+    const bool k_contiguous = w.stride(2) == 1 || k <= 1;
+    const at::Tensor b = has_value(bias) ? bias->contiguous() : at::Tensor();
+    at::Tensor out = at::empty({groups.num_slots(), n}, in.options());
+
+    kernels::GroupedGemmParams p;
+    p.dtype = kernel_dtype(in.scalar_type());
+    p.allow_tf32 = allow_tf32;
+    p.in = in.const_data_ptr();
+    p.in_stride = row_stride(in);
+    p.in_rows = rows.map;
+    p.weight = w.const_data_ptr();
+    p.weight_expert_stride = w.stride(0);
+    p.weight_n_stride = k_contiguous ? w.stride(1) : 1;
+    p.weight_k_stride = k_contiguous ? 1 : w.stride(2);
+    p.bias = data_or_null(b);
+    p.out = out.mutable_data_ptr();
+    p.out_stride = n;
+    p.out_rows = out_map;
+    p.expert_offsets = groups.expert_offsets.const_data_ptr<int32_t>();
+    p.num_experts = size_32(op, "the number of experts", groups.num_experts());
+    p.num_slots = size_32(op, "the number of slots", groups.num_slots());
+    p.n = size_32(op, "weight.size(1)", n);
+    p.k = size_32(op, "weight.size(2)", k);
+    check_launch(op, kernels::grouped_gemm(p, current_stream()), {{"rows", in}, {"weight", w}, {"out", out}});
+    return out;
+}
+
+void weight_gradient(const char* op, const MappedRows& left, const MappedRows& right, const at::Tensor& out,
+                     const Groups& groups, bool allow_tf32) {
+    if (out.numel() == 0) return;
+    if (out.stride(2) != 1 && out.size(2) > 1) {
+        if (out.stride(1) == 1 || out.size(1) <= 1) {
+            // The transposed product has its rows where out has its columns.
+            weight_gradient(op, right, left, out.transpose(1, 2), groups, allow_tf32);
+        } else {
+            const at::Tensor contiguous = at::empty(out.sizes(), out.options());
+            weight_gradient(op, left, right, contiguous, groups, allow_tf32);
+            out.copy_(contiguous);
+        }
+        return;
+    }
+    const at::Tensor l = with_contiguous_rows(left.tensor), r = with_contiguous_rows(right.tensor);
+    kernels::WeightGradParams p;
+    p.dtype = kernel_dtype(out.scalar_type());
+    p.allow_tf32 = allow_tf32;
+    p.left = l.const_data_ptr();
+    p.left_stride = row_stride(l);
+    p.left_rows = left.map;
+    p.right = r.const_data_ptr();
+    p.right_stride = row_stride(r);
+    p.right_rows = right.map;
+    p.out = out.mutable_data_ptr();
+    p.out_expert_stride = out.stride(0);
+    p.out_stride = out.stride(1);
+    p.expert_offsets = groups.expert_offsets.const_data_ptr<int32_t>();
+    p.num_experts = size_32(op, "the number of experts", groups.num_experts());
+    p.num_slots = size_32(op, "the number of slots", groups.num_slots());
+    p.m = size_32(op, "weight.size(1)", out.size(1));
+    p.n = size_32(op, "weight.size(2)", out.size(2));
+    check_launch(op, kernels::weight_grad(p, current_stream()), {{"left", l}, {"right", r}, {"out", out}});
+}
+
+at::Tensor bias_gradient(const char* op, const MappedRows& rows, const at::Tensor& gates, const Groups& groups) {
+    const at::Tensor grad = with_contiguous_rows(rows.tensor);
+    at::Tensor out = at::empty({groups.num_experts(), grad.size(1)}, grad.options());
+    kernels::BiasGradParams p;
+    p.dtype = kernel_dtype(grad.scalar_type());
+    p.grad = grad.const_data_ptr();
+    p.grad_stride = row_stride(grad);
+    p.grad_rows = rows.map;
+    p.gates = data_or_null(gates);
+    p.slot_order = groups.slot_order.const_data_ptr<int32_t>();
+    p.expert_offsets = groups.expert_offsets.const_data_ptr<int32_t>();
+    p.num_experts = size_32(op, "the number of experts", groups.num_experts());
+    p.num_slots = size_32(op, "the number of slots", groups.num_slots());
+    p.n = size_32(op, "grad.size(1)", grad.size(1));
+    p.out = out.mutable_data_ptr();
+    const at::Tensor workspace = at::empty({kernels::bias_grad_workspace(p.dtype, p.num_experts, p.num_slots, p.n)},
+                                           grad.options().dtype(at::kByte));
+    p.workspace = workspace.mutable_data_ptr();
+    check_launch(op, kernels::bias_grad(p, current_stream()), {{"grad", grad}, {"out", out}});
+    return out;
+}
+
+at::Tensor combine_rows(const char* op, const at::Tensor& rows, const at::Tensor& gates,
+                        const at::Tensor& slot_position, int64_t top_k, bool grouped) {
+    const at::Tensor rows_ = rows.contiguous();
+    const at::Tensor positions = slot_position.defined() ? slot_position.contiguous() : at::Tensor();
+    at::Tensor y = at::empty({rows.size(0) / top_k, rows.size(1)}, rows.options());
+    kernels::CombineParams p;
+    p.dtype = kernel_dtype(rows.scalar_type());
+    p.rows = rows_.const_data_ptr();
+    p.gates = data_or_null(gates);
+    p.slot_position = static_cast<const int32_t*>(data_or_null(positions));
+    p.grouped = grouped;
+    p.out = y.mutable_data_ptr();
+    p.num_tokens = y.size(0);
+    p.top_k = size_32(op, "top_k", top_k);
+    p.hidden = y.size(1);
+    check_launch(op, kernels::combine(p, current_stream()), {{"rows", rows_}, {"gates", gates}});
+    return y;
+}
+
+}  // namespace scattermoe::cuda

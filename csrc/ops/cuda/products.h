@@ -1,0 +1,54 @@
+#pragma once
+
+// The grouped products on torch tensors, shared by parallel_linear and moe_mlp.
+
+#include <ATen/ATen.h>
+
+#include <optional>
+
+#include "../../kernels/grouped_gemm.h"
+#include "support.h"
+
+namespace scattermoe::cuda {
+
+// The part of a routing that products need; contiguous tensors.
+struct Groups {
+    at::Tensor slot_order;
+    at::Tensor expert_offsets;
+
+    Groups(const at::Tensor& order, const at::Tensor& offsets)
+        : slot_order(order.contiguous()), expert_offsets(offsets.contiguous()) {}
+
+    int64_t num_slots() const { return slot_order.size(0); }
+    int64_t num_experts() const { return expert_offsets.size(0) - 1; }
+
+    kernels::RowMap grouped() const { return {}; }
+    kernels::RowMap by_slot() const { return by_token(1); }
+    kernels::RowMap by_token(int64_t top_k) const;
+};
+
+// A matrix whose rows belong to grouped positions through a map.
+struct MappedRows {
+    at::Tensor tensor;
+    kernels::RowMap map;
+};
+
+// out[position] = rows[position] weight[e]^T + bias[e], [S, n] with its rows through out_map; rows of sentinels are
+// zero. weight is [E, n, k] with any strides.
+at::Tensor grouped_product(const char* op, const MappedRows& rows, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias, const kernels::RowMap& out_map, const Groups& groups,
+                           bool allow_tf32);
+
+// out[e] = sum over the positions of e of left[position]^T right[position], into a tensor [E, m, n] of any strides.
+void weight_gradient(const char* op, const MappedRows& left, const MappedRows& right, const at::Tensor& out,
+                     const Groups& groups, bool allow_tf32);
+
+// [E, n]: the sum over the positions of e of gate * rows[position]; gates [T, K] in the compute dtype, or undefined.
+at::Tensor bias_gradient(const char* op, const MappedRows& rows, const at::Tensor& gates, const Groups& groups);
+
+// y[t] = the sum of the rows of a token's slots times their gates; undefined gates are ones, and an undefined
+// slot_position says that no slot is a sentinel (or that its row is zero).
+at::Tensor combine_rows(const char* op, const at::Tensor& rows, const at::Tensor& gates,
+                        const at::Tensor& slot_position, int64_t top_k, bool grouped);
+
+}  // namespace scattermoe::cuda
