@@ -2,6 +2,8 @@
 
 #include <c10/util/Exception.h>
 
+#include <string>
+
 namespace scattermoe {
 
 void check_defined(const char* op, const NamedTensor& arg) {
@@ -63,6 +65,20 @@ void check_index(const char* op, const NamedTensor& arg, int64_t dim) {
     check_dim(op, arg, dim);
     TORCH_CHECK_TYPE(arg.tensor.scalar_type() == at::kInt, "scattermoe::", op, ": expected ", arg.name,
                      " to be int32 as group_by_expert returns it, got ", arg.tensor.scalar_type());
+    const std::optional<int64_t> numel = arg.tensor.sym_numel().maybe_as_int();
+    TORCH_CHECK_VALUE(!numel.has_value() || *numel <= kMaxSlots, "scattermoe::", op, ": expected ", arg.name,
+                      ".numel() <= ", kMaxSlots, ", got ", *numel);
+}
+
+void check_bias(const char* op, const NamedTensor& bias, const NamedTensor& weight) {
+    if (!bias.tensor.defined()) return;
+    check_dim(op, bias, 2);
+    for (const int64_t dim : {0, 1}) {
+        const c10::SymInt got = bias.tensor.sym_size(dim), expected = weight.tensor.sym_size(dim);
+        TORCH_CHECK_VALUE(got.sym_eq(expected).expect_true(__FILE__, __LINE__), "scattermoe::", op, ": expected ",
+                          bias.name, ".size(", dim, ") == ", weight.name, ".size(", dim, "), got ", got, " and ",
+                          expected);
+    }
 }
 
 namespace {
@@ -97,7 +113,10 @@ GluLayout parse_glu_layout(const char* op, std::string_view name) {
 
 ActivationParams parse_activation_params(const char* op, std::string_view activation, std::string_view glu_layout,
                                          double alpha, double limit) {
-    return {parse_activation(op, activation), parse_glu_layout(op, glu_layout), alpha, limit};
+    const ActivationParams params{parse_activation(op, activation), parse_glu_layout(op, glu_layout), alpha, limit};
+    TORCH_CHECK_VALUE(params.activation != Activation::kSwigluClamped || limit >= 0, "scattermoe::", op,
+                      ": expected limit >= 0, got ", limit);
+    return params;
 }
 
 }  // namespace scattermoe

@@ -8,7 +8,6 @@
 #include <initializer_list>
 #include <limits>
 #include <optional>
-#include <string>
 #include <string_view>
 
 #include "../kernels/activation.h"
@@ -39,8 +38,10 @@ void check_same_device(const char* op, const NamedTensor& first, std::initialize
 // All of the dtype of `first`, which must be float64, float32, bfloat16 or float16.
 void check_same_float_dtype(const char* op, const NamedTensor& first, std::initializer_list<NamedTensor> others);
 void check_floating(const char* op, const NamedTensor& arg);
-// int32, one-dimensional where `dim` is 1, contiguous: the index tensors that group_by_expert returns.
+// int32 with `dim` dimensions and no more elements than an int32 can count, as group_by_expert returns index tensors.
 void check_index(const char* op, const NamedTensor& arg, int64_t dim);
+// Where it is defined: [weight.size(0), weight.size(1)].
+void check_bias(const char* op, const NamedTensor& bias, const NamedTensor& weight);
 
 Activation parse_activation(const char* op, std::string_view name);
 GluLayout parse_glu_layout(const char* op, std::string_view name);

@@ -65,11 +65,7 @@ void check_weights_and_routing(const char* op, const at::Tensor& w_up, const at:
         check_size(op, {"w_up.size(1)", w_up.sym_size(1)},
                    {"w_down.size(2) (the activation is not gated)", w_down.sym_size(2)});
     }
-    if (has_value(b_down)) {
-        check_dim(op, {"b_down", *b_down}, 2);
-        check_size(op, {"b_down.size(0)", b_down->sym_size(0)}, {"w_down.size(0)", w_down.sym_size(0)});
-        check_size(op, {"b_down.size(1)", b_down->sym_size(1)}, {"w_down.size(1)", w_down.sym_size(1)});
-    }
+    check_bias(op, {"b_down", b_down.value_or(at::Tensor())}, {"w_down", w_down});
     check_index(op, {"slot_order", slot_order}, 1);
     check_index(op, {"slot_position", slot_position}, 2);
     check_index(op, {"expert_offsets", expert_offsets}, 1);
@@ -99,12 +95,8 @@ void check_moe_mlp(const at::Tensor& x, const at::Tensor& w_up, const std::optio
     check_weights_and_routing(kOp, w_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets, activation,
                               glu_layout);
     check_x(kOp, x, w_up, slot_position);
-    if (has_value(b_up)) {
-        check_dim(kOp, {"b_up", *b_up}, 2);
-        check_size(kOp, {"b_up.size(0)", b_up->sym_size(0)}, {"w_up.size(0)", w_up.sym_size(0)});
-        check_size(kOp, {"b_up.size(1)", b_up->sym_size(1)}, {"w_up.size(1)", w_up.sym_size(1)});
-    }
     const at::Tensor b_up_or_undefined = b_up.value_or(at::Tensor());
+    check_bias(kOp, {"b_up", b_up_or_undefined}, {"w_up", w_up});
     const at::Tensor b_down_or_undefined = b_down.value_or(at::Tensor());
     check_same_float_dtype(
         kOp, {"x", x},

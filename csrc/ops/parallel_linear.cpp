@@ -57,11 +57,7 @@ void check_parallel_linear(const at::Tensor& x, const at::Tensor& weight, const 
     const at::Tensor bias_or_undefined = bias.value_or(at::Tensor());
     check_weight_and_routing(kOp, weight, slot_order, expert_offsets, top_k, grouped_in);
     check_x(kOp, x, weight, slot_order, top_k);
-    if (has_value(bias)) {
-        check_dim(kOp, {"bias", *bias}, 2);
-        check_size(kOp, {"bias.size(0)", bias->sym_size(0)}, {"weight.size(0)", weight.sym_size(0)});
-        check_size(kOp, {"bias.size(1)", bias->sym_size(1)}, {"weight.size(1)", weight.sym_size(1)});
-    }
+    check_bias(kOp, {"bias", bias_or_undefined}, {"weight", weight});
     check_same_float_dtype(kOp, {"x", x}, {{"weight", weight}, {"bias", bias_or_undefined}});
     check_same_device(kOp, {"x", x},
                       {{"weight", weight},

@@ -43,7 +43,9 @@ void check_topk_gating(const at::Tensor& logits, const c10::SymInt& k, std::stri
                       ": expected k <= logits.size(1) (the number of experts), got ", k, " and ", num_experts);
     check_at_least(kOp, {"num_groups", num_groups}, 1);
     check_at_least(kOp, {"top_groups", top_groups}, 1);
-    check_size(kOp, {"logits.size(1) % num_groups", num_experts % num_groups}, {"0", 0});
+    TORCH_CHECK_VALUE((num_experts % num_groups).sym_eq(0).expect_true(__FILE__, __LINE__), "scattermoe::", kOp,
+                      ": expected num_groups to divide logits.size(1) (the number of experts), got ", num_groups,
+                      " and ", num_experts);
     TORCH_CHECK_VALUE(top_groups.sym_le(num_groups).expect_true(__FILE__, __LINE__), "scattermoe::", kOp,
                       ": expected top_groups <= num_groups, got ", top_groups, " and ", num_groups);
     const c10::SymInt selectable = num_experts / num_groups * top_groups;

@@ -11,10 +11,11 @@ namespace {
 at::Tensor moe_mlp_meta(const at::Tensor& x, const at::Tensor& w_up, const std::optional<at::Tensor>& b_up,
                         const at::Tensor& w_down, const std::optional<at::Tensor>& b_down, const at::Tensor& gates,
                         const at::Tensor& slot_order, const at::Tensor& slot_position, const at::Tensor& expert_offsets,
-                        std::string_view activation, std::string_view glu_layout, double /*alpha*/, double /*limit*/,
+                        std::string_view activation, std::string_view glu_layout, double alpha, double limit,
                         std::optional<bool> /*allow_tf32*/) {
     check_moe_mlp(x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets, activation,
                   glu_layout);
+    parse_activation_params("moe_mlp", activation, glu_layout, alpha, limit);
     return at::empty_symint({x.sym_size(0), w_down.sym_size(1)}, x.options());
 }
 
@@ -32,11 +33,11 @@ MoeMlpGrads moe_mlp_backward_meta(const at::Tensor& grad, const at::Tensor& x, c
                                   const at::Tensor& w_down, const std::optional<at::Tensor>& b_down,
                                   const at::Tensor& gates, const at::Tensor& z, const at::Tensor& slot_order,
                                   const at::Tensor& slot_position, const at::Tensor& expert_offsets,
-                                  std::string_view activation, std::string_view glu_layout, double /*alpha*/,
-                                  double /*limit*/, std::optional<bool> /*allow_tf32*/,
-                                  std::array<bool, kNumMoeMlpGrads> output_mask) {
+                                  std::string_view activation, std::string_view glu_layout, double alpha, double limit,
+                                  std::optional<bool> /*allow_tf32*/, std::array<bool, kNumMoeMlpGrads> output_mask) {
     check_moe_mlp_backward(grad, x, w_up, w_down, b_down, gates, z, slot_order, slot_position, expert_offsets,
                            activation, glu_layout, output_mask);
+    parse_activation_params("_moe_mlp_backward", activation, glu_layout, alpha, limit);
     const auto options = grad.options();
     const auto num_experts = w_up.sym_size(0);
     return {
