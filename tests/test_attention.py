@@ -468,7 +468,7 @@ def test_activation_checkpointing(device: str, reentrant: bool) -> None:
 def test_compile(device: str, fresh_compiler: None, causal: bool, padded: bool) -> None:
     layer = build(device, dtype=torch.float32, causal=causal, bias=True)
     graphs = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=graphs)
+    compiled = torch.compile(layer, fullgraph=True, backend=graphs)
     compilations = []
     for length in (5, 17, 40):
         x = inputs(device, 2, length, dtype=torch.float32)
@@ -476,6 +476,8 @@ def test_compile(device: str, fresh_compiler: None, causal: bool, padded: bool) 
         if padded:
             mask = torch.ones(2, length, device=device, dtype=torch.long)
             mask[1, : length // 2] = 0
+        for tensor in (x,) if mask is None else (x, mask):
+            torch._dynamo.mark_dynamic(tensor, 1)
         results = []
         for run in (layer, compiled):
             y, aux = run(x, mask)
