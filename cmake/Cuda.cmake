@@ -1,15 +1,13 @@
 # Decides whether CUDA is built, and enables the language if it is.
 #
-# In:  SCATTERMOE_CUDA (AUTO, ON, OFF), SCATTERMOE_KERNELS (the .cu files), TORCH_CUDA_ARCH_LIST (variable or environment).
+# In:  SCATTERMOE_CUDA (AUTO, ON, OFF), TORCH_CUDA_ARCH_LIST (variable or environment).
 # Out: SCATTERMOE_CUDA_ENABLED, SCATTERMOE_CUDA_ARCHS (text), SCATTERMOE_GENCODE, SCATTERMOE_GENCODE_SM90A (nvcc flags).
 
 set(SCATTERMOE_CUDA_ENABLED OFF)
 set(SCATTERMOE_CUDA_ARCHS "")
 set(_why_not "")
 
-if(NOT SCATTERMOE_KERNELS MATCHES "\\.cu(;|$)")
-    set(_why_not "there are no CUDA sources")
-elseif(NOT SCATTERMOE_CUDA STREQUAL "AUTO" AND NOT SCATTERMOE_CUDA)
+if(NOT SCATTERMOE_CUDA STREQUAL "AUTO" AND NOT SCATTERMOE_CUDA)
     set(_why_not "SCATTERMOE_CUDA is off")
 elseif(NOT TARGET scattermoe::torch_cuda)
     set(_why_not "PyTorch ${SCATTERMOE_TORCH_VERSION} is built without CUDA")

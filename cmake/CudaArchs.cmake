@@ -2,7 +2,7 @@
 #
 # Turns a list in the form of TORCH_CUDA_ARCH_LIST ("8.0 9.0a 12.0+PTX", separated by spaces or semicolons) into nvcc flags:
 #   <out-generic>  for the files that run on every chip of the list
-#   <out-sm90a>    for csrc/kernels/sm90, empty when the list has no 9.0; wgmma and setmaxnreg exist for compute_90a alone
+#   <out-sm90a>    for csrc/kernels/sm90: wgmma and setmaxnreg exist for compute_90a alone; empty without 9.0 in the list
 #   <out-text>     the architectures that are really compiled, to be shown to the user
 # An empty list means every architecture below that the toolkit knows, and PTX of the newest for chips still to come.
 function(scattermoe_cuda_archs out_generic out_sm90a out_text arch_list)
@@ -40,7 +40,7 @@ function(scattermoe_cuda_archs out_generic out_sm90a out_text arch_list)
     foreach(arch IN LISTS real)
         list(APPEND generic "--generate-code=arch=compute_${arch},code=[sm_${arch}]")
         list(APPEND text "sm_${arch}")
-        if(arch EQUAL 90)
+        if(arch EQUAL 90 AND SCATTERMOE_KERNELS_SM90)
             set(sm90a "--generate-code=arch=compute_90a,code=[sm_90a]")
             list(APPEND text "sm_90a")
         endif()

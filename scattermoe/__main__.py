@@ -14,32 +14,40 @@ import scattermoe
 from scattermoe import _library, selfcheck
 
 
+def _code_arch(archs: list[str], capability: int) -> int | None:
+    """Returns the architecture of the compiled code that the driver loads for a GPU, as it chooses: the newest binary of the
+    same generation that is not newer than the GPU, else the newest PTX, else None."""
+    binaries = [int(a[3:]) for a in archs if a.startswith("sm_") and a[3:].isdigit()]
+    ptx = [int(a[8:]) for a in archs if a.startswith("compute_")]
+    same_generation = [a for a in binaries if a // 10 == capability // 10 and a <= capability]
+    older = [a for a in ptx if a <= capability]
+    return max(same_generation or older, default=None)
+
+
 def _device_lines(info: dict) -> list[str]:
-    """One line for each device that the operators can run on."""
-    lines = [f"cpu: {torch.get_num_threads()} threads, matrix products by ATen (oneDNN or BLAS), one expert at a time"]
+    """What each device of this machine computes a grouped product with, for a few typical ones."""
+    explain = _library.load().explain
+    lines = [f"cpu, {torch.get_num_threads()} threads", f"    {explain('float32', 4096, 64)['why']}"]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         major, minor = torch.cuda.get_device_capability(index)
-        lines.append(
-            f"cuda:{index}: {torch.cuda.get_device_name(index)} (sm_{major}{minor}): {_kernels(info, major, minor)}"
-        )
+        lines.append(f"cuda:{index}, {torch.cuda.get_device_name(index)}, compute capability {major}.{minor}")
+        arch = _code_arch(info["cuda_archs"], 10 * major + minor)
+        if not info["cuda"]:
+            lines.append("    no kernels: this is a build for the CPU only")
+        elif arch is None:
+            lines.append(f"    no kernels for it: build again with TORCH_CUDA_ARCH_LIST={major}.{minor}")
+        else:
+            lines.append(f"    code compiled for sm_{arch}")
+            for name, dtype, rows, options in (
+                ("bfloat16, 65536 rows", "bfloat16", 65536, {}),
+                ("bfloat16, 64 rows", "bfloat16", 64, {}),
+                ("bfloat16, weight gradient", "bfloat16", 65536, {"weight_gradient": True}),
+                ("float32", "float32", 65536, {}),
+                ("float32 with TF32", "float32", 65536, {"allow_tf32": True}),
+                ("float64", "float64", 65536, {}),
+            ):
+                lines.append(f"    {name + ', 64 experts:':<38}{explain(dtype, rows, 64, arch=arch, **options)['why']}")
     return lines
-
-
-def _kernels(info: dict, major: int, minor: int) -> str:
-    """Which compiled kernels a GPU of this compute capability takes."""
-    if not info["cuda"]:
-        return "no kernels, this is a CPU build; install a CUDA compiler and build again"
-    if (major, minor) == (9, 0) and "sm_90a" in info["cuda_archs"]:
-        return "Hopper kernels (TMA, wgmma) where the shape allows, Ampere's (cp.async, mma) elsewhere"
-    archs = [arch.split("_") for arch in info["cuda_archs"]]
-    if any(
-        kind == "sm" and number.isdigit() and int(number) // 10 == major and int(number) % 10 <= minor
-        for kind, number in archs
-    ):
-        return "Ampere's kernels (cp.async, mma)"
-    if any(kind == "compute" and int(number) <= 10 * major + minor for kind, number in archs):
-        return "Ampere's kernels (cp.async, mma), compiled from PTX by the driver at the first call"
-    return f"none of the compiled kernels fits; build again with TORCH_CUDA_ARCH_LIST={major}.{minor}"
 
 
 def _report(info: dict) -> None:

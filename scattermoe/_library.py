@@ -9,7 +9,14 @@ from types import ModuleType
 import torch
 
 _PACKAGE = Path(__file__).resolve().parent
-_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps <folder or wheel of scattermoe>"
+
+
+def _rebuild() -> str:
+    """Returns the command that builds the library again: in place where it is imported from its source tree."""
+    root = _PACKAGE.parent
+    if (root / "CMakeLists.txt").exists():
+        return f"pip install --no-build-isolation --no-deps -e {root}"
+    return "pip install --no-build-isolation --no-deps --force-reinstall . in the source tree of scattermoe"
 
 
 def _minor(version: str) -> str:
@@ -36,13 +43,13 @@ def load() -> ModuleType:
         extension = importlib.import_module("scattermoe._C")
     except ImportError as error:
         raise ImportError(
-            f"scattermoe is not built for this Python (no usable scattermoe._C in {_PACKAGE}: {error}); build it with `{_REBUILD}`"
+            f"scattermoe is not built for this Python (no usable scattermoe._C in {_PACKAGE}: {error}); build it: {_rebuild()}"
         ) from error
     if not library.exists():
-        raise ImportError(f"scattermoe is not built (no {library}); build it with `{_REBUILD}`")
+        raise ImportError(f"scattermoe is not built (no {library}); build it: {_rebuild()}")
 
     built_for = extension.build_info()["torch"]
-    mismatch = f"scattermoe was built for PyTorch {built_for} and this is PyTorch {torch.__version__}; rebuild it with `{_REBUILD}`"
+    mismatch = f"scattermoe was built for PyTorch {built_for} and this is PyTorch {torch.__version__}; rebuild it: {_rebuild()}"
     if _minor(built_for) != _minor(torch.__version__):
         raise ImportError(mismatch)
     try:

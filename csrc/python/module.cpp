@@ -2,10 +2,17 @@
 // here, so that this module loads, and can explain itself, even where they do not fit together.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 
+#include "kernels/select.h"
+
 namespace py = pybind11;
+using namespace py::literals;
+
+namespace scattermoe {
 
 namespace {
 
@@ -24,10 +31,75 @@ py::dict build_info() {
     return info;
 }
 
+kernels::DType parse_dtype(const std::string& name) {
+    if (name == "bfloat16") return kernels::DType::kBFloat16;
+    if (name == "float16") return kernels::DType::kFloat16;
+    if (name == "float32") return kernels::DType::kFloat32;
+    if (name == "float64") return kernels::DType::kFloat64;
+    throw py::value_error("expected dtype to be bfloat16, float16, float32 or float64, got " + name);
+}
+
+const char* engine_name(kernels::GemmEngine engine) {
+    switch (engine) {
+        case kernels::GemmEngine::kSimt:
+            return "fma";
+        case kernels::GemmEngine::kTensorCore:
+            return "mma.sync";
+    }
+    return "unknown";
+}
+
+py::dict explain(const std::string& dtype, int64_t rows, int64_t num_experts, std::optional<int> arch,
+                 bool weight_gradient, bool allow_tf32, bool aligned) {
+    const kernels::DType type = parse_dtype(dtype);
+    if (rows < 0 || num_experts < 1) {
+        throw py::value_error("expected rows >= 0 and num_experts >= 1, got " + std::to_string(rows) + " and " +
+                              std::to_string(num_experts));
+    }
+    if (!arch.has_value()) {
+        return py::dict("engine"_a = "ATen", "tile"_a = py::none(), "stages"_a = py::none(),
+                        "why"_a =
+                            "one product for each expert, experts side by side on threads; the largest run "
+                            "alone with all threads where the others would wait for them");
+    }
+    if (*arch < 80) throw py::value_error("expected arch >= 80, got " + std::to_string(*arch));
+    const kernels::GemmChoice choice =
+        kernels::select_gemm({type, allow_tf32, *arch, aligned, rows, num_experts, weight_gradient});
+    const kernels::GemmTile tile = kernels::tile_shape(choice.tile);
+    return py::dict("engine"_a = engine_name(choice.engine),
+                    "tile"_a = py::make_tuple(tile.m, tile.n, tile.k_elements(kernels::size_of(type))),
+                    "stages"_a = tile.stages, "why"_a = choice.why);
+}
+
 }  // namespace
 
+}  // namespace scattermoe
+
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Build information of the scattermoe library.";
-    m.def("build_info", &build_info,
+    m.doc() = "Build information of the scattermoe library, and which kernel a product takes.";
+    m.def("build_info", &scattermoe::build_info,
           "What the library was built from: version, torch, compiler, flags, cuda (None for a CPU build), cuda_archs.");
+    m.def("explain", &scattermoe::explain, "dtype"_a, "rows"_a, "num_experts"_a, py::kw_only(), "arch"_a = py::none(),
+          "weight_gradient"_a = false, "allow_tf32"_a = false, "aligned"_a = true,
+          R"(Which kernel a grouped matrix product takes, and why; no GPU is needed to ask.
+
+Args:
+    dtype: "bfloat16", "float16", "float32" or "float64".
+    rows: slots in all, over every expert.
+    num_experts: E.
+    arch: architecture of the compiled code, such as 80 or 90; None for the CPU.
+    weight_gradient: the product that contracts over the rows.
+    allow_tf32: whether float32 operands may be rounded to TF32.
+    aligned: whether every row of both operands starts at a multiple of 16 bytes.
+
+Returns:
+    A dict of engine, tile (m, n, k), stages and why.
+
+Raises:
+    ValueError: An unknown dtype or an impossible size.
+
+Example:
+    >>> scattermoe._C.explain("bfloat16", rows=65536, num_experts=64, arch=80)["engine"]
+    'mma.sync'
+)");
 }
