@@ -124,8 +124,7 @@ def report(run: Run, corpus: Corpus, folder: Path, prompt: str, sample_length: i
 
     generator = torch.Generator().manual_seed(run.seed)
     prompt_tokens = torch.tensor(list(prompt.encode()), device=run.device)
-    with run.autocast():
-        sample = run.model.generate(prompt_tokens, sample_length, temperature=0.7, generator=generator)
+    sample = run.model.generate(prompt_tokens, sample_length, temperature=0.7, generator=generator)
     text = bytes(sample.tolist()).decode(errors="replace")
     print("\na sample:\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
 

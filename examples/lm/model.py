@@ -31,7 +31,6 @@ class Config:
     mlp_top_k: int = 2
     mlp_size: int = 256
     activation: str = "swiglu"
-    normalize_gates: bool = True
     jitter: float = 0.0
     context: int = 256
     batch_size: int = 12
@@ -44,9 +43,8 @@ class Config:
 PRESETS = {
     # Both halves of a block are sparse, as in JetMoE (Shen et al. 2024).
     "default": Config(),
-    # Switch Transformer (Fedus et al. 2021): dense attention, one ungated expert per token, its gate not renormalised
-    # (or it would always be 1 and the router would get no gradient), and jitter on the router's input. A mixture of one
-    # attention expert is ordinary multi-head attention.
+    # Switch Transformer (Fedus et al. 2021): dense attention, one ReLU MLP per token, and jitter on the router's input.
+    # A mixture of one attention expert is ordinary multi-head attention.
     "switch": Config(
         attention_experts=1,
         attention_top_k=1,
@@ -54,7 +52,6 @@ PRESETS = {
         mlp_top_k=1,
         mlp_size=768,
         activation="relu",
-        normalize_gates=False,
         jitter=0.01,
     ),
     # Sparse Universal Transformer (Tan et al. 2023): one block with more experts, used at every depth.
@@ -92,7 +89,6 @@ class Block(nn.Module):
             config.mlp_experts,
             config.mlp_top_k,
             activation=config.activation,
-            normalize=config.normalize_gates,
             jitter=config.jitter,
         )
 

@@ -8,6 +8,7 @@
 
 #include "../checks.h"
 #include "grouping.h"
+#include "memory.h"
 #include "row_kernels.h"
 #include "rows.h"
 
@@ -33,7 +34,7 @@ at::Tensor combine_cpu(const at::Tensor& rows, const std::optional<at::Tensor>& 
     const at::Tensor rows_ = cpu::with_contiguous_rows(rows);
     const at::Tensor gates_ = compute_gates(gates, rows);
     const int64_t num_tokens = positions.size(0), top_k = positions.size(1), width = rows.size(1);
-    at::Tensor y = at::empty({num_tokens, width}, rows.options());
+    at::Tensor y = cpu::empty({num_tokens, width}, rows.options());
 
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, rows.scalar_type(), "combine", [&] {
         using Acc = cpu::Compute<scalar_t>;

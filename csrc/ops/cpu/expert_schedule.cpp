@@ -9,10 +9,12 @@
 #include <queue>
 #include <vector>
 
+#include "memory.h"
+
 namespace scattermoe::cpu {
 
 void Scratch::reset(int64_t numel) {
-    if (!buffer_.defined() || buffer_.numel() < numel) buffer_ = at::empty({numel}, options_);
+    if (!buffer_.defined() || buffer_.numel() < numel) buffer_ = cpu::empty({numel}, options_);
     used_ = 0;
 }
 

@@ -10,6 +10,7 @@
 #include "../combine.h"
 #include "expert_schedule.h"
 #include "grouping.h"
+#include "memory.h"
 #include "row_kernels.h"
 #include "rows.h"
 
@@ -51,7 +52,7 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& w_up, const std::optio
     const int64_t in_features = w_up.size(2), z_features = w_up.size(1);
     const int64_t hidden = w_down.size(2), out_features = w_down.size(1);
     const at::Tensor rows = cpu::with_contiguous_rows(x);
-    at::Tensor slot_y = at::empty({grouping.num_slots(), out_features}, x.options());
+    at::Tensor slot_y = cpu::empty({grouping.num_slots(), out_features}, x.options());
 
     cpu::for_each_expert(grouping, x.options(), [&](int64_t expert, cpu::Scratch& scratch) {
         const int64_t begin = grouping.begin(expert), count = grouping.end(expert) - begin;
@@ -90,7 +91,7 @@ std::tuple<at::Tensor, at::Tensor> moe_mlp_forward_cpu(const at::Tensor& x, cons
                                                        std::optional<bool> /*allow_tf32*/) {
     check_moe_mlp(x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets, activation,
                   glu_layout);
-    at::Tensor z = at::empty({slot_order.size(0), w_up.size(1)}, x.options());
+    at::Tensor z = cpu::empty({slot_order.size(0), w_up.size(1)}, x.options());
     at::Tensor y = forward(x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets,
                            parse_activation_params("moe_mlp", activation, glu_layout, alpha, limit), z);
     return {y, z};
@@ -159,11 +160,11 @@ MoeMlpGrads moe_mlp_backward_cpu(const at::Tensor& grad, const at::Tensor& x, co
     const std::optional<at::Tensor> b_down_ =
         has_value(b_down) ? std::optional<at::Tensor>(b_down->contiguous()) : std::nullopt;
 
-    at::Tensor slot_grad_x = need_x ? at::empty({num_slots, in_features}, options) : at::Tensor();
-    at::Tensor grad_w_up = need_w_up ? at::empty_like(w_up) : empty_gradient(grad);
-    at::Tensor grad_b_up = need_b_up ? at::empty({num_experts, z_features}, options) : empty_gradient(grad);
-    at::Tensor grad_w_down = need_w_down ? at::empty_like(w_down) : empty_gradient(grad);
-    at::Tensor grad_b_down = need_b_down ? at::empty({num_experts, out_features}, options) : empty_gradient(grad);
+    at::Tensor slot_grad_x = need_x ? cpu::empty({num_slots, in_features}, options) : at::Tensor();
+    at::Tensor grad_w_up = need_w_up ? cpu::empty_like(w_up) : empty_gradient(grad);
+    at::Tensor grad_b_up = need_b_up ? cpu::empty({num_experts, z_features}, options) : empty_gradient(grad);
+    at::Tensor grad_w_down = need_w_down ? cpu::empty_like(w_down) : empty_gradient(grad);
+    at::Tensor grad_b_down = need_b_down ? cpu::empty({num_experts, out_features}, options) : empty_gradient(grad);
     at::Tensor grad_gates = need_gates ? at::zeros(gates.sizes(), gates_.options()) : empty_gradient(grad);
 
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, grad.scalar_type(), "_moe_mlp_backward", [&] {

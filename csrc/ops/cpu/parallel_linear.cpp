@@ -5,6 +5,7 @@
 #include "../checks.h"
 #include "expert_schedule.h"
 #include "grouping.h"
+#include "memory.h"
 #include "rows.h"
 
 namespace scattermoe {
@@ -19,7 +20,7 @@ at::Tensor parallel_linear_cpu(const at::Tensor& x, const at::Tensor& weight, co
     const int64_t slots_per_row = top_k.expect_int();
     const int64_t in_features = weight.size(2), out_features = weight.size(1);
     const at::Tensor rows = grouped_in ? x : cpu::with_contiguous_rows(x);
-    at::Tensor y = at::empty({grouping.num_slots(), out_features}, x.options());
+    at::Tensor y = cpu::empty({grouping.num_slots(), out_features}, x.options());
 
     cpu::for_each_expert(grouping, x.options(), [&](int64_t expert, cpu::Scratch& scratch) {
         const int64_t begin = grouping.begin(expert), count = grouping.end(expert) - begin;
@@ -62,9 +63,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> parallel_linear_backward_cpu(
     const at::Tensor grad_rows = grouped_out ? grad : cpu::with_contiguous_rows(grad);
     const at::Tensor x_rows = !need_weight || grouped_in ? x : cpu::with_contiguous_rows(x);
     // The gradient of every slot's copy of its row, in x's order.
-    at::Tensor slot_grad_x = need_x ? at::empty({grouping.num_slots(), in_features}, options) : at::Tensor();
-    at::Tensor grad_weight = need_weight ? at::empty_like(weight) : empty_gradient(grad);
-    at::Tensor grad_bias = need_bias ? at::empty({weight.size(0), out_features}, options) : empty_gradient(grad);
+    at::Tensor slot_grad_x = need_x ? cpu::empty({grouping.num_slots(), in_features}, options) : at::Tensor();
+    at::Tensor grad_weight = need_weight ? cpu::empty_like(weight) : empty_gradient(grad);
+    at::Tensor grad_bias = need_bias ? cpu::empty({weight.size(0), out_features}, options) : empty_gradient(grad);
 
     cpu::for_each_expert(grouping, options, [&](int64_t expert, cpu::Scratch& scratch) {
         const int64_t begin = grouping.begin(expert), count = grouping.end(expert) - begin;

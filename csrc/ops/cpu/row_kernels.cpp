@@ -1,10 +1,56 @@
 #include "row_kernels.h"
 
+#include <algorithm>
+
 #include "simd_clones.h"
 
 namespace scattermoe::cpu {
 
 namespace {
+
+// x rounded to T. c10's conversion to bfloat16 branches on NaN, which keeps the loops it stands in from vectorising.
+template <typename T>
+SCATTERMOE_INLINE T round_to(Compute<T> x) {
+    if constexpr (std::is_same_v<T, c10::BFloat16>) {
+        const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+        const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+        const uint32_t nan = 0x7fc0;
+        const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+        return c10::BFloat16(static_cast<uint16_t>(is_nan ? nan : rounded), c10::BFloat16::from_bits());
+    } else {
+        return static_cast<T>(x);
+    }
+}
+
+// Loops over the activation vectorise for float and double. Rows of a 16-bit type go through them in pieces of this
+// many columns, widened to float on the stack.
+constexpr int64_t kPiece = 256;
+
+template <typename T>
+SCATTERMOE_INLINE void widen(float* y, const T* x, int64_t count) {
+    for (int64_t i = 0; i < count; ++i)
+        y[i] = static_cast<float>(x[i]);
+}
+
+template <typename T>
+SCATTERMOE_INLINE void narrow(T* y, const float* x, int64_t count) {
+    for (int64_t i = 0; i < count; ++i)
+        y[i] = round_to<T>(x[i]);
+}
+
+// Calls f(piece, row, count) for the runs of pre-activation columns that belong to the hidden columns [begin, begin +
+// count): where they start in a piece of `count` hidden columns and in the whole row. A piece has the row's layout.
+template <Activation A, typename F>
+SCATTERMOE_INLINE void for_each_run(GluLayout layout, int64_t begin, int64_t count, int64_t hidden, F&& f) {
+    if constexpr (!is_gated(A)) {
+        f(0, begin, count);
+    } else if (layout == GluLayout::kInterleaved) {
+        f(0, 2 * begin, 2 * count);
+    } else {
+        f(0, begin, count);
+        f(count, hidden + begin, count);
+    }
+}
 
 // Columns of the gate and up halves of a pre-activation row: base pointer offsets and the distance between neighbours.
 struct GluColumns {
@@ -55,7 +101,7 @@ SCATTERMOE_INLINE void gated_forward_loop(T* h, const T* gate, const T* up, Comp
     using C = Compute<T>;
 #pragma omp simd
     for (int64_t c = 0; c < hidden; ++c) {
-        h[c] = static_cast<T>(
+        h[c] = round_to<T>(
             gated_activation<A, C>(static_cast<C>(gate[c * kStride]), static_cast<C>(up[c * kStride]), alpha, limit).h);
     }
 }
@@ -74,7 +120,20 @@ SCATTERMOE_INLINE void forward_loop(const ActivationParams& params, T* h, const 
     } else {
 #pragma omp simd
         for (int64_t c = 0; c < hidden; ++c)
-            h[c] = static_cast<T>(nonlinearity<A, C>(static_cast<C>(z[c])).f);
+            h[c] = round_to<T>(nonlinearity<A, C>(static_cast<C>(z[c])).f);
+    }
+}
+
+template <Activation A, typename T>
+SCATTERMOE_INLINE void forward_in_pieces(const ActivationParams& params, T* h, const T* z, int64_t hidden) {
+    float z_piece[2 * kPiece], h_piece[kPiece];
+    for (int64_t begin = 0; begin < hidden; begin += kPiece) {
+        const int64_t count = std::min(kPiece, hidden - begin);
+        for_each_run<A>(params.layout, begin, count, hidden,
+                        [&](int64_t piece, int64_t row, int64_t length)
+                            __attribute__((always_inline)) { widen<T>(z_piece + piece, z + row, length); });
+        forward_loop<A, float>(params, h_piece, z_piece, count);
+        narrow<T>(h + begin, h_piece, count);
     }
 }
 
@@ -90,9 +149,9 @@ SCATTERMOE_INLINE Compute<T> gated_backward_loop(T* dgate, T* dup, T* gated_h, c
             gated_activation<A, C>(static_cast<C>(gate[c * kStride]), static_cast<C>(up[c * kStride]), alpha, limit);
         const C d = static_cast<C>(dh[c]);
         sum += d * v.h;
-        dgate[c * kStride] = static_cast<T>(slot_gate * d * v.dgate);
-        dup[c * kStride] = static_cast<T>(slot_gate * d * v.dup);
-        if constexpr (kWriteH) gated_h[c] = static_cast<T>(slot_gate * v.h);
+        dgate[c * kStride] = round_to<T>(slot_gate * d * v.dgate);
+        dup[c * kStride] = round_to<T>(slot_gate * d * v.dup);
+        if constexpr (kWriteH) gated_h[c] = round_to<T>(slot_gate * v.h);
     }
     return sum;
 }
@@ -117,10 +176,49 @@ SCATTERMOE_INLINE Compute<T> backward_loop(const ActivationParams& params, T* dz
             const activation_math::Value<C> v = nonlinearity<A, C>(static_cast<C>(z[c]));
             const C d = static_cast<C>(dh[c]);
             sum += d * v.f;
-            dz[c] = static_cast<T>(slot_gate * d * v.df);
-            if constexpr (kWriteH) gated_h[c] = static_cast<T>(slot_gate * v.f);
+            dz[c] = round_to<T>(slot_gate * d * v.df);
+            if constexpr (kWriteH) gated_h[c] = round_to<T>(slot_gate * v.f);
         }
         return sum;
+    }
+}
+
+template <Activation A, bool kWriteH, typename T>
+SCATTERMOE_INLINE float backward_in_pieces(const ActivationParams& params, T* dz, T* gated_h, const T* z, const T* dh,
+                                           float slot_gate, int64_t hidden) {
+    float z_piece[2 * kPiece], dz_piece[2 * kPiece], dh_piece[kPiece], h_piece[kPiece];
+    float sum = 0;
+    for (int64_t begin = 0; begin < hidden; begin += kPiece) {
+        const int64_t count = std::min(kPiece, hidden - begin);
+        for_each_run<A>(params.layout, begin, count, hidden,
+                        [&](int64_t piece, int64_t row, int64_t length)
+                            __attribute__((always_inline)) { widen<T>(z_piece + piece, z + row, length); });
+        widen<T>(dh_piece, dh + begin, count);
+        sum += backward_loop<A, kWriteH, float>(params, dz_piece, h_piece, z_piece, dh_piece, slot_gate, count);
+        for_each_run<A>(params.layout, begin, count, hidden,
+                        [&](int64_t piece, int64_t row, int64_t length)
+                            __attribute__((always_inline)) { narrow<T>(dz + row, dz_piece + piece, length); });
+        if constexpr (kWriteH) narrow<T>(gated_h + begin, h_piece, count);
+    }
+    return sum;
+}
+
+template <Activation A, typename T>
+SCATTERMOE_INLINE void forward_row(const ActivationParams& params, T* h, const T* z, int64_t hidden) {
+    if constexpr (sizeof(T) == 2) {
+        forward_in_pieces<A, T>(params, h, z, hidden);
+    } else {
+        forward_loop<A, T>(params, h, z, hidden);
+    }
+}
+
+template <Activation A, bool kWriteH, typename T>
+SCATTERMOE_INLINE Compute<T> backward_row(const ActivationParams& params, T* dz, T* gated_h, const T* z, const T* dh,
+                                          Compute<T> slot_gate, int64_t hidden) {
+    if constexpr (sizeof(T) == 2) {
+        return backward_in_pieces<A, kWriteH, T>(params, dz, gated_h, z, dh, slot_gate, hidden);
+    } else {
+        return backward_loop<A, kWriteH, T>(params, dz, gated_h, z, dh, slot_gate, hidden);
     }
 }
 
@@ -136,12 +234,12 @@ SCATTERMOE_INLINE Compute<T> backward_loop(const ActivationParams& params, T* dz
     template <>                                                                                                        \
     SCATTERMOE_SIMD_CLONES void round_row<T>(T * y, const Compute<T>* x, int64_t width) {                              \
         for (int64_t c = 0; c < width; ++c)                                                                            \
-            y[c] = static_cast<T>(x[c]);                                                                               \
+            y[c] = round_to<T>(x[c]);                                                                                  \
     }                                                                                                                  \
     template <>                                                                                                        \
     SCATTERMOE_SIMD_CLONES void scale_row<T>(T * y, const T* x, Compute<T> scale, int64_t width) {                     \
         for (int64_t c = 0; c < width; ++c)                                                                            \
-            y[c] = static_cast<T>(scale * static_cast<Compute<T>>(x[c]));                                              \
+            y[c] = round_to<T>(scale * static_cast<Compute<T>>(x[c]));                                                 \
     }                                                                                                                  \
     template <>                                                                                                        \
     SCATTERMOE_SIMD_CLONES Compute<T> dot<T>(const T* a, const T* b, int64_t width) {                                  \
@@ -151,7 +249,7 @@ SCATTERMOE_INLINE Compute<T> backward_loop(const ActivationParams& params, T* dz
     SCATTERMOE_SIMD_CLONES void activation_forward<T>(const ActivationParams& params, T* h, const T* z,                \
                                                       int64_t hidden) {                                                \
         dispatch_activation(params.activation, [&](auto a) __attribute__((always_inline)) {                            \
-            forward_loop<decltype(a)::value, T>(params, h, z, hidden);                                                 \
+            forward_row<decltype(a)::value, T>(params, h, z, hidden);                                                  \
         });                                                                                                            \
     }                                                                                                                  \
     template <>                                                                                                        \
@@ -159,8 +257,8 @@ SCATTERMOE_INLINE Compute<T> backward_loop(const ActivationParams& params, T* dz
         const ActivationParams& params, T* dz, T* gated_h, const T* z, const T* dh, Compute<T> gate, int64_t hidden) { \
         Compute<T> dgate = 0;                                                                                          \
         dispatch_activation(params.activation, [&](auto a) __attribute__((always_inline)) {                            \
-            dgate = gated_h ? backward_loop<decltype(a)::value, true, T>(params, dz, gated_h, z, dh, gate, hidden)     \
-                            : backward_loop<decltype(a)::value, false, T>(params, dz, gated_h, z, dh, gate, hidden);   \
+            dgate = gated_h ? backward_row<decltype(a)::value, true, T>(params, dz, gated_h, z, dh, gate, hidden)      \
+                            : backward_row<decltype(a)::value, false, T>(params, dz, gated_h, z, dh, gate, hidden);    \
         });                                                                                                            \
         return dgate;                                                                                                  \
     }
