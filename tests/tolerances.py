@@ -18,6 +18,9 @@ intermediate result, the output) adds at most u. With n such roundings
 where v is the roundoff of the accumulator: float32 for bfloat16 and float16, else the dtype's own. The factor 4 covers the
 floor above (1/4) and the step from a typical row to the worst of thousands. For bfloat16 the second term rules, so an
 accumulation in bfloat16 over L = 64 terms (n = 8 in effect) already stands out.
+
+Below a dtype's smallest normal number roundoff is absolute: half of the spacing tiny * eps there. That much is taken off
+every element's difference. Only float16 notices (3e-8).
 """
 
 import math
@@ -64,11 +67,14 @@ def rms_norm(rows: Tensor) -> float:
     return float(nonzero.square().mean().sqrt()) if nonzero.numel() else 0.0
 
 
-def row_error(actual: Tensor, reference: Tensor, smallest: float = 0.0) -> float:
+def row_error(actual: Tensor, reference: Tensor, smallest: float = 0.0, exact_zeros: bool = True) -> float:
     """The measure above; infinite where one has NaN or infinity and the other has not, or misses an exact zero row.
 
-    `smallest` is a further floor, for results that are differences of much larger numbers.
+    `smallest` is a further floor, for rows that are single numbers or differences of much larger ones; the latter have no
+    `exact_zeros`.
     """
+    info = torch.finfo(actual.dtype)
+    underflow = info.tiny * info.eps / 2
     actual = actual.detach().to("cpu", torch.float64)
     assert actual.shape == reference.shape, f"shape {tuple(actual.shape)}, reference {tuple(reference.shape)}"
     if reference.numel() == 0:
@@ -81,8 +87,8 @@ def row_error(actual: Tensor, reference: Tensor, smallest: float = 0.0) -> float
         return math.inf
     actual, reference = actual.where(finite, 0.0), reference.where(finite, 0.0)
     norms = reference.norm(dim=1)
-    error = (actual - reference).norm(dim=1)
-    if smallest == 0.0 and bool((error[norms == 0] > 0).any()):
+    error = ((actual - reference).abs() - underflow).clamp_min(0.0).norm(dim=1)
+    if exact_zeros and bool((actual[norms == 0] != 0).any()):
         return math.inf
     floor = max(FLOOR * rms_norm(reference), smallest)
     return float((error / norms.clamp_min(floor)).max()) if floor > 0 else 0.0
