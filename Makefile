@@ -40,13 +40,13 @@ wheel: build
 
 format: $(PY)
 	$(PY) -m pip install --quiet $(FORMATTERS)
-	$(PY) -m clang_format -i $(CXX_FILES)
+	@$(VENV)/bin/clang-format -i $(CXX_FILES)
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
 lint: $(PY)
 	$(PY) -m pip install --quiet $(FORMATTERS)
-	$(PY) -m clang_format --dry-run --Werror $(CXX_FILES)
+	@$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 
