@@ -131,8 +131,8 @@ def difference(a: Tensor, b: Tensor) -> float:
 def main() -> None:
     """Swaps and compares."""
     torch.manual_seed(0)
-    model = Model(hidden_size=256, intermediate_size=256, num_experts=32, top_k=4, depth=2)
-    x = torch.randn(2, 256, 256)
+    model = Model(hidden_size=256, intermediate_size=256, num_experts=16, top_k=4, depth=2)
+    x = torch.randn(2, 128, 256)
 
     forward_and_backward(model, x)  # the first call of anything is slow
     y, grad, milliseconds = forward_and_backward(model, x)

@@ -25,8 +25,7 @@ from lm.model import PRESETS, Config
 from lm.training import Run
 from tqdm import tqdm
 
-HELD_OUT_BYTES_AT_END = 1 << 16
-HELD_OUT_BYTES_ALONG = 1 << 12
+HELD_OUT_BYTES_ALONG = 1 << 13  # measured twenty times along the way
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -52,6 +51,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="train through torch.compile (a minute's wait at first)")
     parser.add_argument("--prompt", default="def ", help="what the sample continues (%(default)r)")
     parser.add_argument("--sample", type=int, default=400, metavar="BYTES", help="length of the sample (%(default)s)")
+    parser.add_argument(
+        "--held-out",
+        type=int,
+        default=1 << 16,
+        metavar="BYTES",
+        help="of held-out text to measure at the end (%(default)s)",
+    )
     options = parser.parse_args(arguments)
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
@@ -86,7 +92,7 @@ def start(options: argparse.Namespace) -> Run:
 def train(run: Run, corpus: Corpus, checkpoint: Path, stop_at: int) -> None:
     """Trains until step `stop_at` with a progress bar, measuring and saving along the way."""
     config = run.config
-    measured = even_windows(corpus.held_out, max(1, HELD_OUT_BYTES_ALONG // config.context), config.context)
+    measured = even_windows(corpus.held_out, HELD_OUT_BYTES_ALONG // config.context, config.context)
     interval = max(1, config.steps // 20)
     bar = tqdm(total=config.steps, initial=run.step, unit="step", dynamic_ncols=True)
     try:
@@ -111,10 +117,10 @@ def train(run: Run, corpus: Corpus, checkpoint: Path, stop_at: int) -> None:
         bar.close()
 
 
-def report(run: Run, corpus: Corpus, folder: Path, prompt: str, sample_length: int) -> None:
+def report(run: Run, corpus: Corpus, options: argparse.Namespace) -> None:
     """Measures the trained model beside the bigram model, prints a sample and draws the pictures."""
-    config = run.config
-    inputs, targets = even_windows(corpus.held_out, HELD_OUT_BYTES_AT_END // config.context, config.context)
+    config, folder = run.config, options.out
+    inputs, targets = even_windows(corpus.held_out, options.held_out // config.context, config.context)
     loss, layers = run.evaluate(inputs, targets)
     bigram = bigram_loss(corpus.train, inputs, targets)
     print(f"\nloss on {inputs.numel():,} bytes of held-out files:")
@@ -123,8 +129,8 @@ def report(run: Run, corpus: Corpus, folder: Path, prompt: str, sample_length: i
     print(f"  {bigram - loss:.3f} nats/byte better than bigrams" if loss < bigram else "  no better than bigrams yet")
 
     generator = torch.Generator().manual_seed(run.seed)
-    prompt_tokens = torch.tensor(list(prompt.encode()), device=run.device)
-    sample = run.model.generate(prompt_tokens, sample_length, temperature=0.7, generator=generator)
+    prompt_tokens = torch.tensor(list(options.prompt.encode()), device=run.device)
+    sample = run.model.generate(prompt_tokens, options.sample, temperature=0.7, generator=generator)
     text = bytes(sample.tolist()).decode(errors="replace")
     print("\na sample:\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
 
@@ -152,7 +158,7 @@ def main() -> None:
     if run.step < run.config.steps:
         print(f"stopped at step {run.step}; go on with --resume {options.out / 'checkpoint.pt'}")
     else:
-        report(run, corpus, options.out, options.prompt, options.sample)
+        report(run, corpus, options)
 
 
 if __name__ == "__main__":
