@@ -16,6 +16,8 @@ BALANCES = ("batch", "sequence")
 class MoEAux(NamedTuple):
     """What a layer with a router returns beside its output. Nothing in it needs a device synchronisation.
 
+    Reentrant activation checkpointing sees no tensors inside other values: under it, return the losses by themselves.
+
     Attributes:
         load_balancing_loss: scalar float32, differentiable; ``top_k`` at perfect balance. None if the layer was built
             with ``aux_losses=False``.
