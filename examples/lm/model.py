@@ -33,8 +33,8 @@ class Config:
     activation: str = "swiglu"
     jitter: float = 0.0
     context: int = 256
-    batch_size: int = 12
-    steps: int = 500
+    batch_size: int = 8
+    steps: int = 600
     learning_rate: float = 3e-3
     balance_weight: float = 0.01
     z_weight: float = 1e-3
