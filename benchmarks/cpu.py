@@ -31,8 +31,8 @@ from harness import environment, interleaved_times, markdown_table, row_error, s
 from torch import Tensor
 
 CANDIDATES = ("scattermoe", "eager", "grouped_mm")
-# Per-row relative error against float64 that a correct candidate stays under: a few roundings to the dtype.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2}
+# The row error against float64 that a correct candidate stays under: a few roundings to the dtype.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
 @dataclass(frozen=True)

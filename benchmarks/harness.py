@@ -57,10 +57,11 @@ def summarize(times: Iterable[float]) -> dict[str, float]:
 
 
 def row_error(result: torch.Tensor, reference: torch.Tensor) -> float:
-    """The largest over rows of |result - reference| / |reference|, in float64 (rows of zeros count by |result|)."""
+    """The largest |result - reference| of a row, over the larger of |reference| of that row and of the mean row."""
     result, reference = (value.detach().double().reshape(-1, value.shape[-1]) for value in (result, reference))
     scale = reference.norm(dim=-1)
-    return ((result - reference).norm(dim=-1) / torch.where(scale > 0, scale, 1.0)).max().item()
+    scale = torch.maximum(scale, scale.mean()).clamp_min(torch.finfo(torch.double).tiny)
+    return ((result - reference).norm(dim=-1) / scale).max().item()
 
 
 def cpu_name() -> str:
