@@ -179,6 +179,7 @@ def moe_mlp(
     down_bias: Tensor | None = None,
     alpha: float = 1.702,
     limit: float = 7.0,
+    recompute: bool = False,
 ) -> Tensor:
     """Compute a whole mixture-of-experts MLP as one differentiable op with the least saved state.
 
@@ -201,6 +202,8 @@ def moe_mlp(
         down_bias: ``[E, H']`` or None.
         alpha: slope of ``swiglu_clamped``.
         limit: clamp of ``swiglu_clamped``.
+        recompute: keep ``x`` alone and compute the pre-activations again in backward: ``T * H`` saved elements instead of
+            ``T * H + T * K * 2 * I``, for one more product.
 
     Returns:
         ``[T, H']`` in the dtype of ``x``.
@@ -232,6 +235,7 @@ def moe_mlp(
         alpha,
         limit,
         _switches.ALLOW_TF32,
+        recompute,
     )
 
 

@@ -52,6 +52,10 @@ inline bool has_value(const std::optional<at::Tensor>& tensor) {
     return tensor.has_value() && tensor->defined();
 }
 
+inline std::optional<at::Tensor> as_optional(const at::Tensor& tensor) {
+    return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
+
 // The compute dtype of a floating dtype: float64 for itself, float32 for everything else.
 inline at::ScalarType compute_dtype(at::ScalarType dtype) {
     return dtype == at::kDouble ? at::kDouble : at::kFloat;

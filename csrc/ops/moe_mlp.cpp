@@ -11,11 +11,11 @@ at::Tensor moe_mlp(const at::Tensor& x, const at::Tensor& w_up, const std::optio
                    const at::Tensor& w_down, const std::optional<at::Tensor>& b_down, const at::Tensor& gates,
                    const at::Tensor& slot_order, const at::Tensor& slot_position, const at::Tensor& expert_offsets,
                    std::string_view activation, std::string_view glu_layout, double alpha, double limit,
-                   std::optional<bool> allow_tf32) {
+                   std::optional<bool> allow_tf32, bool recompute) {
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("scattermoe::moe_mlp", "").typed<decltype(moe_mlp)>();
     return op.call(x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets, activation,
-                   glu_layout, alpha, limit, allow_tf32);
+                   glu_layout, alpha, limit, allow_tf32, recompute);
 }
 
 std::tuple<at::Tensor, at::Tensor> _moe_mlp_forward(const at::Tensor& x, const at::Tensor& w_up,
@@ -148,7 +148,7 @@ TORCH_LIBRARY_FRAGMENT(scattermoe, m) {
     m.def(
         "moe_mlp(Tensor x, Tensor w_up, Tensor? b_up, Tensor w_down, Tensor? b_down, Tensor gates, Tensor slot_order, "
         "Tensor slot_position, Tensor expert_offsets, str activation='swiglu', str glu_layout='gate_up', "
-        "float alpha=1.702, float limit=7.0, bool? allow_tf32=None) -> Tensor",
+        "float alpha=1.702, float limit=7.0, bool? allow_tf32=None, bool recompute=False) -> Tensor",
         {at::Tag::pt2_compliant_tag});
     m.def(
         "_moe_mlp_forward(Tensor x, Tensor w_up, Tensor? b_up, Tensor w_down, Tensor? b_down, Tensor gates, "

@@ -15,7 +15,8 @@ namespace scattermoe {
 ///     y[t] = sum_j gates[t, j] (W_down[e] act(W_up[e] x[t] + b_up[e]) + b_down[e]),  e the expert of slot (t, j).
 ///
 /// For backward it saves x, the pre-activations z, the gates, the routing and the weights and nothing else (the
-/// activation-memory-minimal MoE of SonicMoE, arXiv 2512.14080); x only where w_up needs a gradient.
+/// activation-memory-minimal MoE of SonicMoE, arXiv 2512.14080); x only where w_up needs a gradient. With `recompute`
+/// it saves x and not z.
 ///
 /// @param x                [T, H]
 /// @param w_up             [E, Z, H] with Z = 2 I for a gated activation and I for a plain one
@@ -29,6 +30,7 @@ namespace scattermoe {
 /// @param glu_layout       gate_up, up_gate or interleaved: the order of w_up's rows where the activation is gated
 /// @param alpha, limit     of swiglu_clamped (gpt-oss)
 /// @param allow_tf32       float32 on a GPU: whether products may use TF32; none follows PyTorch's setting
+/// @param recompute        keep x instead of z and compute z again in backward, at the cost of one more product
 /// @return [T, H'], in the dtype of x
 SCATTERMOE_API at::Tensor moe_mlp(const at::Tensor& x, const at::Tensor& w_up, const std::optional<at::Tensor>& b_up,
                                   const at::Tensor& w_down, const std::optional<at::Tensor>& b_down,
@@ -36,7 +38,7 @@ SCATTERMOE_API at::Tensor moe_mlp(const at::Tensor& x, const at::Tensor& w_up, c
                                   const at::Tensor& slot_position, const at::Tensor& expert_offsets,
                                   std::string_view activation = "swiglu", std::string_view glu_layout = "gate_up",
                                   double alpha = 1.702, double limit = 7.0,
-                                  std::optional<bool> allow_tf32 = std::nullopt);
+                                  std::optional<bool> allow_tf32 = std::nullopt, bool recompute = false);
 
 /// moe_mlp that also returns the pre-activations z [S, Z] in grouped order (zero for sentinels), for backward.
 std::tuple<at::Tensor, at::Tensor> _moe_mlp_forward(const at::Tensor& x, const at::Tensor& w_up,

@@ -14,10 +14,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-std::optional<Variable> as_optional(const Variable& tensor) {
-    return tensor.defined() ? std::optional<Variable>(tensor) : std::nullopt;
-}
-
 // y[t] = sum_j g[t, j] r(t, j), with r(t, j) the row of slot (t, j). With G = dL/dy:
 //     dL/dr(t, j) = g[t, j] G[t]
 //     dL/dg[t, j] = <G[t], r(t, j)>

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "../checks.h"
+#include "../parallel_linear.h"
 
 namespace scattermoe {
 
@@ -20,6 +21,7 @@ struct Options {
     double alpha;
     double limit;
     std::optional<bool> allow_tf32;
+    bool recompute = false;
 };
 
 // With z = W_up x[t] + b_up the pre-activations of a slot, A = act(z), y = W_down A + b_down and g its gate, out[t]
@@ -29,7 +31,8 @@ struct Options {
 //     dL/dW_down = sum over the expert's slots of G[t]^T (g A)       dL/db_down = sum of g G[t]
 //     dL/dW_up   = sum over the expert's slots of dz^T x[t]          dL/db_up   = sum of dz
 //     dL/dx[t]   = sum over the token's slots of dz W_up
-// so x, z, the gates, the routing and the weights are all that backward reads, and x only for dL/dW_up.
+// so x, z, the gates, the routing and the weights are all that backward reads, and x only for dL/dW_up. With
+// `recompute`, x and b_up are kept instead of z, which is the parallel_linear that the forward pass began with.
 class MoeMlp : public torch::autograd::Function<MoeMlp> {
   public:
     static constexpr bool is_traceable = true;
@@ -40,11 +43,19 @@ class MoeMlp : public torch::autograd::Function<MoeMlp> {
                             const std::optional<Variable>& b_down, const Variable& gates, const Variable& slot_order,
                             const Variable& slot_position, const Variable& expert_offsets, Options options) {
         at::AutoDispatchBelowADInplaceOrView below_autograd;
-        auto [y, z] =
-            _moe_mlp_forward(x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets,
-                             options.activation, options.glu_layout, options.alpha, options.limit, options.allow_tf32);
-        ctx->save_for_backward({w_up.requires_grad() ? x : Variable(), w_up, w_down, b_down.value_or(Variable()), gates,
-                                z, slot_order, slot_position, expert_offsets});
+        Variable y, z;
+        if (options.recompute) {
+            y = moe_mlp(x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets,
+                        options.activation, options.glu_layout, options.alpha, options.limit, options.allow_tf32);
+        } else {
+            std::tie(y, z) = _moe_mlp_forward(x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position,
+                                              expert_offsets, options.activation, options.glu_layout, options.alpha,
+                                              options.limit, options.allow_tf32);
+        }
+        const bool x_is_read = options.recompute || w_up.requires_grad();
+        ctx->save_for_backward({x_is_read ? x : Variable(), w_up,
+                                options.recompute ? b_up.value_or(Variable()) : Variable(), w_down,
+                                b_down.value_or(Variable()), gates, z, slot_order, slot_position, expert_offsets});
         ctx->saved_data["has_b_up"] = has_value(b_up);
         ctx->saved_data["activation"] = options.activation;
         ctx->saved_data["glu_layout"] = options.glu_layout;
@@ -58,9 +69,14 @@ class MoeMlp : public torch::autograd::Function<MoeMlp> {
         const Variable& grad = grads[0];
         if (!grad.defined()) return variable_list(kNumArguments);
         const auto saved = ctx->get_saved_variables();
-        const Variable &w_up = saved[1], &w_down = saved[2], &b_down = saved[3], &gates = saved[4], &z = saved[5],
-                       &slot_order = saved[6], &slot_position = saved[7], &expert_offsets = saved[8];
+        const Variable &w_up = saved[1], &b_up = saved[2], &w_down = saved[3], &b_down = saved[4], &gates = saved[5],
+                       &slot_order = saved[7], &slot_position = saved[8], &expert_offsets = saved[9];
         const Variable x = saved[0].defined() ? saved[0] : empty_gradient(grad);
+        const std::optional<bool> allow_tf32 = ctx->saved_data["allow_tf32"].toOptional<bool>();
+        const Variable z = saved[6].defined() ? saved[6]
+                                              : parallel_linear(x, w_up, as_optional(b_up), slot_order, expert_offsets,
+                                                                slot_position.sym_size(1), /*grouped_in=*/false,
+                                                                /*grouped_out=*/true, allow_tf32);
 
         // Autograd numbers the inputs that are tensors, so a bias that is not there shifts those behind it.
         size_t edge = 0;
@@ -74,10 +90,9 @@ class MoeMlp : public torch::autograd::Function<MoeMlp> {
         mask[kGradGates] = next_needs_grad(true);
 
         const auto [grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_gates] = _moe_mlp_backward(
-            grad, x, w_up, w_down, b_down.defined() ? std::optional<Variable>(b_down) : std::nullopt, gates, z,
-            slot_order, slot_position, expert_offsets, ctx->saved_data["activation"].toStringRef(),
-            ctx->saved_data["glu_layout"].toStringRef(), ctx->saved_data["alpha"].toDouble(),
-            ctx->saved_data["limit"].toDouble(), ctx->saved_data["allow_tf32"].toOptional<bool>(), mask);
+            grad, x, w_up, w_down, as_optional(b_down), gates, z, slot_order, slot_position, expert_offsets,
+            ctx->saved_data["activation"].toStringRef(), ctx->saved_data["glu_layout"].toStringRef(),
+            ctx->saved_data["alpha"].toDouble(), ctx->saved_data["limit"].toDouble(), allow_tf32, mask);
 
         variable_list result(kNumArguments);
         if (mask[kGradX]) result[0] = grad_x;
@@ -124,7 +139,7 @@ at::Tensor moe_mlp_autograd(const at::Tensor& x, const at::Tensor& w_up, const s
                             const at::Tensor& w_down, const std::optional<at::Tensor>& b_down, const at::Tensor& gates,
                             const at::Tensor& slot_order, const at::Tensor& slot_position,
                             const at::Tensor& expert_offsets, std::string_view activation, std::string_view glu_layout,
-                            double alpha, double limit, std::optional<bool> allow_tf32) {
+                            double alpha, double limit, std::optional<bool> allow_tf32, bool recompute) {
     const auto requires_grad = [](const std::optional<at::Tensor>& tensor) {
         return has_value(tensor) && (tensor->requires_grad() || tensor->_fw_grad(/*level=*/0).defined());
     };
@@ -136,8 +151,9 @@ at::Tensor moe_mlp_autograd(const at::Tensor& x, const at::Tensor& w_up, const s
         return moe_mlp(x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets, activation,
                        glu_layout, alpha, limit, allow_tf32);
     }
-    return MoeMlp::apply(x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets,
-                         Options{std::string(activation), std::string(glu_layout), alpha, limit, allow_tf32});
+    return MoeMlp::apply(
+        x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets,
+        Options{std::string(activation), std::string(glu_layout), alpha, limit, allow_tf32, recompute});
 }
 
 MoeMlpGrads moe_mlp_backward_autograd(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& w_up,

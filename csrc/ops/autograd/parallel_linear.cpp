@@ -135,9 +135,7 @@ class ParallelLinearBackward : public torch::autograd::Function<ParallelLinearBa
             }
             if (for_weight.defined()) {
                 grad_grad = add_if_defined(
-                    grad_grad,
-                    forward_op(x, for_weight, for_bias.defined() ? std::optional<Variable>(for_bias) : std::nullopt,
-                               slot_order, expert_offsets, layout));
+                    grad_grad, forward_op(x, for_weight, as_optional(for_bias), slot_order, expert_offsets, layout));
             } else if (for_bias.defined()) {
                 // The bias alone: a product with no inner dimension.
                 const auto no_columns = at::empty_symint({slot_order.sym_size(0) / layout.top_k, 0}, weight.options());

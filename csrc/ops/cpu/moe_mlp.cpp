@@ -75,7 +75,7 @@ at::Tensor moe_mlp_cpu(const at::Tensor& x, const at::Tensor& w_up, const std::o
                        const at::Tensor& w_down, const std::optional<at::Tensor>& b_down, const at::Tensor& gates,
                        const at::Tensor& slot_order, const at::Tensor& slot_position, const at::Tensor& expert_offsets,
                        std::string_view activation, std::string_view glu_layout, double alpha, double limit,
-                       std::optional<bool> /*allow_tf32*/) {
+                       std::optional<bool> /*allow_tf32*/, bool /*recompute*/) {
     check_moe_mlp(x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets, activation,
                   glu_layout);
     return forward(x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets,

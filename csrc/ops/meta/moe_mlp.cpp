@@ -12,7 +12,7 @@ at::Tensor moe_mlp_meta(const at::Tensor& x, const at::Tensor& w_up, const std::
                         const at::Tensor& w_down, const std::optional<at::Tensor>& b_down, const at::Tensor& gates,
                         const at::Tensor& slot_order, const at::Tensor& slot_position, const at::Tensor& expert_offsets,
                         std::string_view activation, std::string_view glu_layout, double alpha, double limit,
-                        std::optional<bool> /*allow_tf32*/) {
+                        std::optional<bool> /*allow_tf32*/, bool /*recompute*/) {
     check_moe_mlp(x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets, activation,
                   glu_layout);
     parse_activation_params("moe_mlp", activation, glu_layout, alpha, limit);
@@ -25,7 +25,7 @@ std::tuple<at::Tensor, at::Tensor> moe_mlp_forward_meta(
     const at::Tensor& slot_position, const at::Tensor& expert_offsets, std::string_view activation,
     std::string_view glu_layout, double alpha, double limit, std::optional<bool> allow_tf32) {
     return {moe_mlp_meta(x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets, activation,
-                         glu_layout, alpha, limit, allow_tf32),
+                         glu_layout, alpha, limit, allow_tf32, /*recompute=*/false),
             at::empty_symint({slot_order.sym_size(0), w_up.sym_size(1)}, x.options())};
 }
 
