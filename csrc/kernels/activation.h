@@ -112,6 +112,21 @@ SCATTERMOE_HOST_DEVICE double exp(double x) {
     return ::exp(x);
 }
 
+// sigmoid(x) and 1 - sigmoid(x), each to full precision: subtracting would lose the second where the first is close to
+// one.
+template <typename T>
+struct Sigmoid {
+    T value;
+    T complement;
+};
+
+template <typename T>
+SCATTERMOE_HOST_DEVICE Sigmoid<T> sigmoid_and_complement(T x) {
+    const T e = activation_math::exp(-x);
+    const T s = T(1) / (T(1) + e);
+    return {s, x < T(0) ? T(1) - s : e * s};
+}
+
 template <typename T>
 SCATTERMOE_HOST_DEVICE T sigmoid(T x) {
     return T(1) / (T(1) + activation_math::exp(-x));
@@ -126,8 +141,8 @@ struct Value {
 
 template <typename T>
 SCATTERMOE_HOST_DEVICE Value<T> silu(T x) {
-    const T s = sigmoid(x);
-    return {x * s, s * (T(1) + x * (T(1) - s))};
+    const auto [s, c] = sigmoid_and_complement(x);
+    return {x * s, s * (T(1) + x * c)};
 }
 
 template <typename T>
@@ -143,8 +158,8 @@ template <typename T>
 SCATTERMOE_HOST_DEVICE Value<T> gelu_tanh(T x) {
     constexpr T kTwoSqrt2OverPi = T(1.59576912160573071176);
     constexpr T kCubic = T(0.044715);
-    const T s = sigmoid(kTwoSqrt2OverPi * x * (T(1) + kCubic * x * x));
-    return {x * s, s + x * s * (T(1) - s) * kTwoSqrt2OverPi * (T(1) + T(3) * kCubic * x * x)};
+    const auto [s, c] = sigmoid_and_complement(kTwoSqrt2OverPi * x * (T(1) + kCubic * x * x));
+    return {x * s, s + x * s * c * kTwoSqrt2OverPi * (T(1) + T(3) * kCubic * x * x)};
 }
 
 // NaN passes through relu, as it does through torch's.
@@ -194,8 +209,8 @@ SCATTERMOE_HOST_DEVICE GatedValue<T> gated_activation(T gate, T up, T alpha, T l
         // gpt-oss: gate' = min(gate, limit), up' = clamp(up, -limit, limit), h = (up' + 1) gate' sigmoid(alpha gate').
         const T g = gate > limit ? limit : gate;
         const T u = up > limit ? limit : (up < -limit ? -limit : up);
-        const T s = activation_math::sigmoid(alpha * g);
-        const T dg = gate > limit ? T(0) : s * (T(1) + alpha * g * (T(1) - s));
+        const auto [s, c] = activation_math::sigmoid_and_complement(alpha * g);
+        const T dg = gate > limit ? T(0) : s * (T(1) + alpha * g * c);
         const T du = up > limit || up < -limit ? T(0) : T(1);
         return {(u + T(1)) * g * s, (u + T(1)) * dg, du * g * s};
     } else {
