@@ -12,13 +12,14 @@ VENV ?= .venv
 TORCH ?= torch>=2.9
 PYTEST_ARGS ?= -n auto
 TRAIN_ARGS ?=
+# Which of pyproject.toml's extras are installed.
+EXTRAS ?= build
 
 PY := $(VENV)/bin/python
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'examples/*.cpp')
 
 .PHONY: build test train wheel format lint clean
 
-build: EXTRAS ?= build
 build: $(PY)
 	$(PY) -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel "cmake>=3.24" ninja
 	$(PY) setup.py --quiet build_ext --inplace
