@@ -224,9 +224,9 @@ def _check_mlp(dtype: torch.dtype, device: torch.device) -> Iterator[_Expected]:
     ids = _expert_ids()
     routing = functional.route(ids.to(device), EXPERTS)
     names = list(ACTIVATIONS) + (list(KINKED_ACTIVATIONS) if dtype in (torch.float64, torch.float32) else [])
-    cases = [(name, "gate_up" if "glu" in name else "") for name in names]
-    cases += [("swiglu", "up_gate"), ("swiglu", "interleaved")]
-    for activation, glu_layout in cases:
+    cases = [(name, "gate_up" if "glu" in name else "", False) for name in names]
+    cases += [("swiglu", "up_gate", False), ("swiglu", "interleaved", False), ("swiglu", "gate_up", True)]
+    for activation, glu_layout, recompute in cases:
         inputs = _Inputs(dtype, device, seed=4)
         width = INTERMEDIATE * (2 if glu_layout else 1)
         inputs.make("x", TOKENS, HIDDEN)
@@ -241,7 +241,8 @@ def _check_mlp(dtype: torch.dtype, device: torch.device) -> Iterator[_Expected]:
             z = x["w_up"][e] @ x["x"][token] + x["up_bias"][e]
             y = x["w_down"][e] @ _activate(z, activation, glu_layout) + x["down_bias"][e]
             rows[token] = rows[token] + x["gates"][token, slot % TOP_K] * y
-        options = {"up_bias": t["up_bias"], "down_bias": t["down_bias"], "activation": activation}
+        options = {"up_bias": t["up_bias"], "down_bias": t["down_bias"], "recompute": recompute}
+        options["activation"] = activation
         if glu_layout:
             options["glu_layout"] = glu_layout
         actual = functional.moe_mlp(t["x"], t["w_up"], t["w_down"], t["gates"], routing, **options)
