@@ -8,20 +8,39 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
+
+_Name = TypeVar("_Name", bound=Hashable)
+
+
+def shuffled_rounds(names: Iterable[_Name], rounds: int, seed: int = 0) -> Iterator[tuple[int, _Name]]:
+    """Every name once a round, in an order shuffled anew: whatever else the machine does treats all of them alike.
+
+    Args:
+        names: of what is measured.
+        rounds: how many there are.
+        seed: of the shuffling.
+
+    Yields:
+        the number of the round and a name.
+    """
+    shuffler = random.Random(seed)
+    order = list(names)
+    for round_number in tqdm(range(rounds), leave=False, disable=not sys.stderr.isatty()):
+        shuffler.shuffle(order)
+        for name in order:
+            yield round_number, name
 
 
 def interleaved_times(
     candidates: dict[str, Callable[[], object]], rounds: int, seed: int = 0
 ) -> dict[str, list[float]]:
-    """Times candidates against each other on a machine whose speed drifts.
-
-    Each round calls every candidate once, in an order shuffled anew, so that whatever else the machine does, its clock
-    and its caches treat all of them alike. One untimed round comes first.
+    """Times candidates against each other, in shuffled rounds, on a machine whose speed drifts. One untimed round comes first.
 
     Args:
         candidates: what to call, by name; on a GPU a candidate must synchronise before it returns.
@@ -31,18 +50,14 @@ def interleaved_times(
     Returns:
         seconds of each timed call, by name.
     """
-    shuffler = random.Random(seed)
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    order = list(candidates)
-    for round_number in tqdm(range(rounds + 1), leave=False, disable=not sys.stderr.isatty()):
-        shuffler.shuffle(order)
-        for name in order:
-            gc.collect()
-            began = time.perf_counter()
-            candidates[name]()
-            elapsed = time.perf_counter() - began
-            if round_number > 0:
-                times[name].append(elapsed)
+    for round_number, name in shuffled_rounds(candidates, rounds + 1, seed):
+        gc.collect()
+        began = time.perf_counter()
+        candidates[name]()
+        elapsed = time.perf_counter() - began
+        if round_number > 0:
+            times[name].append(elapsed)
     return times
 
 

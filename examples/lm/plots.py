@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .training import History
@@ -73,24 +74,26 @@ def plot_loss(path: Path, history: History, bigram: float, final: float, title: 
     )
     loss_axes.axhline(bigram, color="#59504a", linestyle="--", linewidth=1.2)
     # The first steps, at the loss of a uniform guess, would flatten everything of interest.
-    bottom = min(history.held_out_loss + history.train_loss)
+    bottom = min([final, *history.held_out_loss, *_smooth(history.train_loss, decay)]) - 0.1
     top = max(bigram * 1.35, 1.15 * min(history.train_loss[-1], final))
     loss_axes.set_ylim(bottom - 0.08 * (top - bottom), top)
     loss_axes.annotate(
         f"byte-bigram model, held out: {bigram:.3f}",
-        (1, bigram),
+        (0.99, bigram),
         xycoords=("axes fraction", "data"),
         xytext=(0, 4),
         textcoords="offset points",
         ha="right",
         color="#59504a",
     )
+    last = len(history.train_loss)
+    loss_axes.plot([last], [final], "*", color="#e45756", ms=13, label="held-out text, at the end", clip_on=False)
     loss_axes.annotate(
         f"{final:.3f}",
-        (history.held_out_step[-1], history.held_out_loss[-1]),
-        xytext=(0, 8),
+        (last, final),
+        xytext=(0, -16),
         textcoords="offset points",
-        ha="right",
+        ha="center",
         color="#e45756",
         weight="bold",
     )
@@ -107,6 +110,7 @@ def plot_loss(path: Path, history: History, bigram: float, final: float, title: 
     balance_axes.set_yticks([0, 50, 100])
     balance_axes.set_ylabel("balance (%)")
     balance_axes.set_xlabel("step")
+    balance_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     balance_axes.grid(axis="y", alpha=0.25)
     figure.savefig(path)
     plt.close(figure)

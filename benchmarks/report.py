@@ -1,0 +1,327 @@
+"""Rows of benchmarks/gpu.py as lines, as a page of tables, and as plots."""
+
+import statistics
+from pathlib import Path
+
+from harness import markdown_table
+from peers import IMPLEMENTATIONS
+from shapes import ROUTINGS
+
+MODES = {"train": 3, "inference": 1}  # cost of each in forward passes
+OURS = ("scattermoe", "scattermoe-portable")
+PEERS = tuple(name for name in IMPLEMENTATIONS if name not in (*OURS, "ceiling"))
+
+
+def summarize_rows(rows: list[dict], forward_flops: int) -> None:
+    """Adds TFLOP/s and the ratio to the ceiling to the rows of one case; a row without numbers gets a reason."""
+    for row in rows:
+        if "reason" not in row and "train_ms" not in row:
+            row["reason"] = "not reached in the time given"
+        for mode, passes in MODES.items():
+            if f"{mode}_ms" in row:
+                row[f"{mode}_tflops"] = passes * forward_flops / row[f"{mode}_ms"] / 1e9
+    ceiling = next((row for row in rows if row["impl"] == "ceiling"), {})
+    for row in rows:
+        for mode in MODES:
+            key = f"{mode}_tflops"
+            if key in row and key in ceiling:
+                row[f"{mode}_of_ceiling"] = row[key] / ceiling[key]
+
+
+def print_row(row: dict) -> None:
+    """One line for a measured row."""
+    head = f"{row['shape']:<14} {row['routing']:<9} {row['impl']:<20}"
+    if "reason" in row:
+        print(f"{head} {row['reason']}", flush=True)
+        return
+    cells = []
+    for mode in MODES:
+        if f"{mode}_ms" in row:
+            ratio = f" {row[f'{mode}_of_ceiling']:.3f}" if f"{mode}_of_ceiling" in row else ""
+            cells.append(f"{mode} {row[f'{mode}_ms']:.3f} ms {row[f'{mode}_tflops']:.1f} TFLOP/s{ratio}")
+    if "peak_mib" in row:
+        cells.append(f"saved {row['activation_mib']:.0f} MiB, peak {row['peak_mib']:.0f} MiB")
+    cells.append(f"first step {row['first_step_s']:.1f} s")
+    if row.get("errors"):
+        cells.append(f"error {max(row['errors'].values()):.1e}")
+    print(f"{head} {' | '.join(cells)}", flush=True)
+
+
+class Results:
+    """Looks rows up by shape, routing and implementation."""
+
+    def __init__(self, result: dict) -> None:
+        self.result = result
+        self.rows = {(row["shape"], row["routing"], row["impl"]): row for row in result["rows"]}
+        self.shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
+        self.routings = [name for name in ROUTINGS if any(row["routing"] == name for row in result["rows"])]
+        self.impls = [
+            name for name in IMPLEMENTATIONS if any(row["impl"] == name and "train_ms" in row for row in result["rows"])
+        ]
+
+    def get(self, shape: str, routing: str, impl: str, key: str) -> float | None:
+        """A number, or None where there is none."""
+        return self.rows.get((shape, routing, impl), {}).get(key)
+
+    def ratios(self, mode: str, impl: str, other: str, routing: str = "balanced") -> list[float]:
+        """Speed of one over that of another, for each shape that both have; "best peer" is the fastest one of each shape."""
+        key, found = f"{mode}_tflops", []
+        for shape in self.shapes:
+            mine = self.get(shape, routing, impl, key)
+            names = PEERS if other == "best peer" else (other,)
+            theirs = [value for name in names if (value := self.get(shape, routing, name, key)) is not None]
+            if mine is not None and theirs:
+                found.append(mine / max(theirs))
+        return found
+
+
+def cell(value: float | None, form: str) -> str:
+    """A number in a table."""
+    return "" if value is None else format(value, form)
+
+
+def speed_table(results: Results, mode: str, routing: str) -> str:
+    """TFLOP/s by shape and implementation."""
+    ours = [name for name in OURS if name in results.impls]
+    header = ["shape", *results.impls, *(f"{name} / ceiling" for name in ours)]
+    rows = []
+    for shape in results.shapes:
+        speeds = [results.get(shape, routing, name, f"{mode}_tflops") for name in results.impls]
+        fastest = max(
+            (s for name, s in zip(results.impls, speeds, strict=True) if s and name != "ceiling"), default=None
+        )
+        if fastest is None:
+            continue
+        cells = [f"**{s:.0f}**" if s == fastest else cell(s, ".0f") for s in speeds]
+        ratios = [cell(results.get(shape, routing, name, f"{mode}_of_ceiling"), ".2f") for name in ours]
+        rows.append([shape, *cells, *ratios])
+    return markdown_table(header, rows)
+
+
+def memory_table(results: Results, key: str) -> str:
+    """MiB by shape and implementation, balanced routing."""
+    impls = [name for name in results.impls if name != "ceiling"]
+    routing = results.routings[0]
+    rows = [
+        [shape, *(cell(results.get(shape, routing, name, key), ",.0f") for name in impls)]
+        for shape in results.shapes
+        if any(results.get(shape, routing, name, key) is not None for name in impls)
+    ]
+    return markdown_table(["shape", *impls], rows)
+
+
+def routing_table(results: Results) -> str:
+    """Speed under other routings over the speed of the same implementation under the balanced one."""
+    others = [name for name in results.routings if name != "balanced"]
+    impls = [name for name in results.impls if name != "ceiling"]
+    rows = []
+    for shape in results.shapes:
+        for routing in others:
+            pairs = [
+                [results.get(shape, kind, name, "train_tflops") for kind in (routing, "balanced")] for name in impls
+            ]
+            if any(one and other for one, other in pairs):
+                ratios = [cell(one / other if one and other else None, ".2f") for one, other in pairs]
+                rows.append([shape, routing, *ratios])
+    return markdown_table(["shape", "routing", *impls], rows)
+
+
+def start_table(results: Results) -> str:
+    """Cold start and host time by implementation."""
+    header = ["implementation", "version", "cold start s", "on shape", "host time of a step µs", "of a forward pass µs"]
+    rows = []
+    for name in results.impls:
+        facts = results.result["implementations"].get(name, {})
+        if name != "ceiling":
+            rows.append(
+                [
+                    name,
+                    facts.get("version", ""),
+                    cell(facts.get("cold_start_s"), ".1f"),
+                    facts.get("cold_start_shape", ""),
+                    cell(facts.get("host_train_us"), ".0f"),
+                    cell(facts.get("host_inference_us"), ".0f"),
+                ]
+            )
+    return markdown_table(header, rows)
+
+
+def missing(results: Results) -> str:
+    """What has no number and why."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, facts in results.result["implementations"].items():
+        if "reason" in facts:
+            reasons.setdefault((name, facts["reason"]), []).append("all")
+    for row in results.result["rows"]:
+        if "reason" in row:
+            reasons.setdefault((row["impl"], row["reason"]), []).append(f"{row['shape']} ({row['routing']})")
+    if not reasons:
+        return ""
+    lines = [f"- {name} on {', '.join(where)}: `{reason}`" for (name, reason), where in reasons.items()]
+    return "## Not measured\n\n" + "\n".join(lines) + "\n"
+
+
+def summary(results: Results) -> str:
+    """Geometric means of the ratios that matter."""
+    rows = []
+    for impl in (name for name in OURS if name in results.impls):
+        for other in ("ceiling", "best peer", *PEERS):
+            cells = []
+            for mode in MODES:
+                ratios = results.ratios(mode, impl, other)
+                text = (
+                    f"{statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+                    if ratios
+                    else ""
+                )
+                cells.append(text)
+            if any(cells):
+                rows.append([f"{impl} over {other}", str(len(ratios)), *cells])
+    return markdown_table(["speed, balanced routing", "shapes", "forward and backward", "forward only"], rows)
+
+
+def page(result: dict) -> str:
+    """docs/benchmarks.md."""
+    results = Results(result)
+    where = result["environment"]
+    facts = "\n".join(f"- {name}: {value}" for name, value in where.items() if name != "command")
+    sizes = {row["shape"]: row["sizes"] for row in result["rows"]}
+    shapes = ", ".join(f"{name} ({value})" for name, value in sizes.items())
+    tables = []
+    for routing in results.routings:
+        for mode, title in (("train", "Forward and backward"), ("inference", "Forward only, inference mode")):
+            tables.append(f"### {title}, {routing} routing\n\n{speed_table(results, mode, routing)}\n")
+    skew = ""
+    if len(results.routings) > 1 and "balanced" in results.routings:
+        skew = f"""## Uneven routing
+
+Speed of forward and backward over the same implementation's under balanced routing.
+
+{routing_table(results)}
+"""
+    memory = ""
+    if any("peak_mib" in row for row in result["rows"]):
+        memory = f"""## Memory
+
+MiB that a forward pass leaves allocated, its output included and its input not:
+
+{memory_table(results, "activation_mib")}
+
+MiB by which the peak of a step of forward and backward exceeds what was allocated before it, gradients included:
+
+{memory_table(results, "peak_mib")}
+"""
+    return f"""# Benchmarks: one MoE layer on a GPU
+
+![Speed as a fraction of the ceiling](benchmarks.svg)
+
+Written by
+
+```
+{where["command"]}
+```
+
+A SwiGLU MoE MLP in {result["rows"][0]["dtype"]}. TFLOP/s count the products of the layer, 6·T·K·H·I for the forward pass and 18·T·K·H·I with the
+backward. *ceiling* is cuBLAS on the same products as plain batched ones over equal groups, with no routing, gather, activation
+or sum. Shapes (T, H, I, E, K): {shapes}.
+
+Medians of {result["rounds"]} shuffled rounds of {result["steps"]} steps in one run, each step with a cold second-level cache. The time begins with experts' ids
+and gates and includes sorting them; compilation and tuning are over before. Each implementation runs in a process of its own
+on the same random data, and its output and gradients were compared with a float64 reference first. *scattermoe-portable*
+are this library's kernels for every GPU, forced; *scattermoe* is what it does by itself. Routings: *balanced* draws experts
+uniformly, *zipf* with probabilities proportional to 1, 1/2, 1/3, ..., *empty* uniformly from nine tenths of them.
+
+## Summary
+
+Geometric mean over shapes (smallest to largest).
+
+{summary(results)}
+
+## TFLOP/s
+
+{chr(10).join(tables)}
+{skew}
+{memory}
+## First step and host time
+
+Cold start: from the import of the package in a process that has PyTorch and a CUDA context to the end of the first step, on
+the first shape of the run; files that an implementation cached in earlier runs shorten it. Host time: of one step so small that the
+GPU waits for the host.
+
+{start_table(results)}
+
+{missing(results)}
+## Where
+
+{facts}
+"""
+
+
+COLORS = {
+    "scattermoe": "#d1495b",
+    "scattermoe-portable": "#edae49",
+    "sonicmoe": "#00798c",
+    "megablocks-grouped": "#6a4c93",
+    "megablocks-sparse": "#b79ced",
+    "scattermoe-triton": "#30638e",
+    "grouped_mm": "#a3b18a",
+    "grouped_mm-compiled": "#588157",
+    "liger": "#8d99ae",
+}
+
+
+def plot(result: dict, path: Path) -> None:
+    """One row a shape, one dot an implementation, at its fraction of the ceiling; balanced routing."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.hashsalt": "scattermoe", "svg.fonttype": "none", "font.family": "sans-serif"})
+    from matplotlib import pyplot
+
+    results = Results(result)
+    routing = results.routings[0]
+    titles = {"train": "Forward and backward", "inference": "Forward only"}
+    shapes = [shape for shape in results.shapes if results.get(shape, routing, "ceiling", "train_ms")]
+    impls = [name for name in results.impls if name != "ceiling"]
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 1.6 + 0.42 * max(len(shapes), 1)), sharey=True)
+    for axis, (mode, title) in zip(axes, titles.items(), strict=True):
+        for number, shape in enumerate(shapes):
+            values = {name: results.get(shape, routing, name, f"{mode}_of_ceiling") for name in impls}
+            present = [value for value in values.values() if value is not None]
+            if present:
+                axis.plot([min(present), max(present)], [number] * 2, color="#d9dce1", linewidth=2, zorder=1)
+            for name, value in values.items():
+                if value is not None:
+                    ours = name in OURS
+                    axis.scatter(
+                        value, number, s=95 if ours else 52, color=COLORS[name], zorder=4 if ours else 3,
+                        edgecolors="white", linewidths=0.8,
+                    )  # fmt: skip
+        axis.axvline(1, color="#444444", linewidth=1, linestyle=(0, (4, 3)), zorder=2)
+        axis.set_title(title, fontsize=12, loc="left", color="#222222")
+        axis.set_xlim(left=0)
+        axis.set_xlabel("fraction of cuBLAS on the same products", color="#444444")
+        axis.grid(axis="x", color="#eceef1", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.tick_params(length=0, colors="#333333")
+        for side in axis.spines.values():
+            side.set_visible(False)
+    axes[0].set_yticks(range(len(shapes)), shapes)
+    axes[0].invert_yaxis()
+    handles = [
+        pyplot.Line2D(
+            [], [], marker="o", linestyle="", markersize=9 if name in OURS else 7, color=COLORS[name], label=name
+        )
+        for name in impls
+    ]
+    figure.legend(handles=handles, loc="lower center", ncols=min(5, max(len(handles), 1)), frameon=False)
+    figure.tight_layout(rect=(0, 0.35 / figure.get_figheight() * (1 + (len(handles) > 5)), 1, 1))
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def write_docs(folder: Path, result: dict) -> None:
+    """The page and its plot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "benchmarks.md").write_text(page(result))
+    plot(result, folder / "benchmarks.svg")
