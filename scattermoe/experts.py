@@ -25,6 +25,7 @@ class Experts(nn.Module):
         bias: give both layers of every expert a bias.
         alpha: slope of ``"swiglu_clamped"``.
         limit: clamp of ``"swiglu_clamped"``.
+        recompute: keep only the input for backward and compute the pre-activations again: least memory, one more product.
         init_std: standard deviation of the initial weights.
         device: where to create the parameters.
         dtype: floating dtype of the parameters.
@@ -59,6 +60,7 @@ class Experts(nn.Module):
         bias: bool = False,
         alpha: float = 1.702,
         limit: float = 7.0,
+        recompute: bool = False,
         init_std: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -73,6 +75,7 @@ class Experts(nn.Module):
         self.glu_layout = glu_layout
         self.alpha = alpha
         self.limit = limit
+        self.recompute = recompute
         self.init_std = init_std
         self._up_name = "gate_up_proj" if gated else "up_proj"
         up_size = 2 * intermediate_size if gated else intermediate_size
@@ -125,6 +128,7 @@ class Experts(nn.Module):
             down_bias=self.down_proj_bias,
             alpha=self.alpha,
             limit=self.limit,
+            recompute=self.recompute,
         )
 
 

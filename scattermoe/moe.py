@@ -39,6 +39,8 @@ class MoE(nn.Module):
         jitter: multiplicative noise on the router's input in training.
         shared_intermediate_size: width of a shared expert; None for no shared expert.
         shared_gate: scale the shared expert's output by a sigmoid of a learned projection (Qwen2-MoE).
+        recompute: keep only the experts' input for backward and compute their pre-activations again: least memory, one more
+            product.
         aux_losses: compute ``load_balancing_loss`` and ``z_loss``; False leaves them None and saves their time.
         balance: balance over the ``"batch"`` or within each ``"sequence"`` (input ``[B, S, H]``).
         init_std: standard deviation of the initial weights.
@@ -98,6 +100,7 @@ class MoE(nn.Module):
         jitter: float = 0.0,
         shared_intermediate_size: int | None = None,
         shared_gate: bool = False,
+        recompute: bool = False,
         aux_losses: bool = True,
         balance: str = "batch",
         init_std: float = 0.02,
@@ -140,7 +143,9 @@ class MoE(nn.Module):
             "device": device,
             "dtype": dtype,
         }
-        self.experts = Experts(num_experts, hidden_size, intermediate_size, glu_layout=glu_layout, **expert_options)
+        self.experts = Experts(
+            num_experts, hidden_size, intermediate_size, glu_layout=glu_layout, recompute=recompute, **expert_options
+        )
         self.shared_expert = None
         self.shared_expert_gate = None
         if shared_intermediate_size is not None:

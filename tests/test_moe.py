@@ -89,6 +89,7 @@ LAYERS = [
     {"scoring": "sigmoid", "selection_bias": True, "num_groups": 2, "top_groups": 1, "scale": 2.5},
     {"normalize_gates": False},
     {"normalize_gates": "detach"},
+    {"recompute": True, "bias": True},
 ]
 
 
