@@ -189,6 +189,7 @@ class Mlp(Shown):
     gates_layout: str = "contiguous"
     grad_layout: str = "contiguous"
     grads: tuple[str, ...] = ("x", "w_up", "b_up", "w_down", "b_down", "gates")
+    recompute: bool = False
     device: str = "cpu"
 
     @property

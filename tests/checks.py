@@ -131,6 +131,7 @@ def check_mlp(case: Mlp) -> None:
             up_bias=t["b_up"],
             down_bias=t["b_down"],
             limit=case.limit,
+            recompute=case.recompute,
         )
 
     def oracle(t: dict[str, Tensor | None]) -> Tensor:

@@ -119,6 +119,7 @@ def draw(seed: int, device: str) -> Case:
             gates_layout=gates_layout,
             grad_layout=grad_layout,
             grads=subset(r, ("x", "w_up", "b_up", "w_down", "b_down", "gates")),
+            recompute=r.random() < 0.25,
             device=device,
         )
     groups = r.choice([g for g in (1, 2, 3, 4, 5, 8) if experts % g == 0])

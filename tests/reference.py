@@ -107,7 +107,10 @@ def gelu(v: Tensor) -> Tensor:
 
 
 def gelu_tanh(v: Tensor) -> Tensor:
-    return 0.5 * v * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+    # (1 + tanh u) / 2 = 1 / (1 + exp(-2 u)), from the side on which neither it nor its derivative cancels or overflows.
+    u = math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)
+    decay = torch.exp(-2 * u.abs())
+    return v * torch.where(u >= 0, torch.ones_like(v), decay) / (1 + decay)
 
 
 def relu(v: Tensor) -> Tensor:

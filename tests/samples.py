@@ -113,6 +113,7 @@ def op_samples(device: str) -> list[tuple[str, str, tuple[Any, ...]]]:
         add("_moe_mlp_forward", label, *tensors, *indices, *settings)
         leaves = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
         add("moe_mlp", label, *leaves, *indices, *settings)
+        add("moe_mlp", f"{label} recompute", *leaves, *indices, *settings, True)
 
     for scoring, normalize, groups, bias, dtype in (
         ("softmax", False, (1, 1), False, torch.float32),

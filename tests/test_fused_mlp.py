@@ -20,7 +20,7 @@ from tests.cases import (
     to_device,
 )
 from tests.checks import check
-from tests.tolerances import ROUNDINGS, assert_close
+from tests.tolerances import ROUNDINGS, assert_close, roundoff
 
 INPUTS = ("x", "w_up", "b_up", "w_down", "b_down", "gates")
 ACTIVATION_LAYOUTS = [(a, g) for a in reference.GATED for g in reference.GLU_LAYOUTS] + [
@@ -116,6 +116,33 @@ def test_weight_layouts(device: str, weight_layout: str, dtype: torch.dtype, glu
 )
 def test_subsets_of_gradients(device: str, grads: tuple[str, ...]) -> None:
     check(Mlp(grads=grads, dtype=torch.float32, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_activations_are_accurate_everywhere(device: str, dtype: torch.dtype, activation: str) -> None:
+    # One expert that hands x to the activation as it is (as the gate, beside an up of 1): a few units in the last place, far
+    # from zero too, where 1 - sigmoid and 1 + tanh cancel.
+    gated = activation in reference.GATED
+    points = torch.cat([torch.linspace(-12, 12, 2001), torch.tensor([-80.0, -20.0, 20.0, 80.0])]).to(dtype)
+    x = points.unsqueeze(1).to(device).requires_grad_()
+    w_up = torch.tensor([[[1.0], [0.0]] if gated else [[1.0]]], dtype=dtype, device=device)
+    b_up = torch.tensor([[0.0, 1.0] if gated else [0.0]], dtype=dtype, device=device)
+    one = torch.ones(1, 1, 1, dtype=dtype, device=device)
+    routing = scattermoe.route(torch.zeros(len(points), dtype=torch.int64, device=device), 1)
+    y = scattermoe.moe_mlp(x, w_up, one, torch.ones_like(x), routing, activation=activation, up_bias=b_up)
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    leaf = reference.leaf(points)
+    up = torch.ones(1, dtype=torch.float64)
+    expected = torch.cat([reference.activate(torch.cat([v, up]) if gated else v, activation) for v in leaf.split(1)])
+    (correct,) = torch.autograd.grad(expected.sum(), leaf)
+    away = (points != 0) & (points.abs() != 7) if activation in reference.KINKED else points == points
+    for name, found, right in (("value", y, expected), ("derivative", grad, correct)):
+        error = (found.detach().flatten().cpu().double() - right.detach()).abs() / right.detach().abs().clamp_min(1)
+        worst = int(error.where(away, 0).argmax())
+        assert error[worst] <= 8 * roundoff(dtype), (
+            f"{name} at {float(points[worst])}: off by {float(error[worst]):.3g}"
+        )
 
 
 @pytest.mark.parametrize("limit", [0.5, 1.0, 7.0])

@@ -102,6 +102,7 @@ def test_combine(case: Combine, choice: tuple[int, int]) -> None:
         weight_layout=st.sampled_from(WEIGHT_LAYOUTS),
         grad_layout=st.sampled_from(LAYOUTS),
         grads=subsets("x", "w_up", "b_up", "w_down", "b_down", "gates"),
+        recompute=st.booleans(),
         device=devices,
     ),
     choice=choices(),

@@ -2,10 +2,11 @@
 
 Measure. A tensor's error is the largest over its rows (vectors along the last dimension) of
 
-    ||row - ref|| / max(||ref||, r / 4)
+    ||row - ref|| / max(||ref||, f r)
 
-where r is the root mean square of the norms of the reference's nonzero rows. The floor is for short rows: one number that
-cancelled to nearly nothing has no small relative error in any arithmetic, and its neighbours say what it is made of. A row
+where r is the root mean square of the norms of the reference's nonzero rows and f, between 1 and 1/4, is 1 / sqrt(width).
+The floor is for short rows: one number that cancelled to nearly nothing has no small relative error in any arithmetic, and
+its neighbours say what it is made of; the norm of a row of many numbers cannot be that far from typical by chance. A row
 that is exactly zero in the reference (a sentinel's, an empty expert's) must be exactly zero.
 
 Bound. Let u be the unit roundoff of a dtype (half its eps). A sum of L random terms of size a, added one by one in a format
@@ -16,7 +17,7 @@ intermediate result, the output) adds at most u. With n such roundings
     bound = 4 (v sqrt(L) + n u)
 
 where v is the roundoff of the accumulator: float32 for bfloat16 and float16, else the dtype's own. The factor 4 covers the
-floor above (1/4) and the step from a typical row to the worst of thousands. For bfloat16 the second term rules, so an
+floor above and the step from a typical row to the worst of thousands. For bfloat16 the second term rules, so an
 accumulation in bfloat16 over L = 64 terms (n = 8 in effect) already stands out.
 
 Below a dtype's smallest normal number roundoff is absolute: half of the spacing tiny * eps there. That much is taken off
@@ -90,7 +91,7 @@ def row_error(actual: Tensor, reference: Tensor, smallest: float = 0.0, exact_ze
     error = ((actual - reference).abs() - underflow).clamp_min(0.0).norm(dim=1)
     if exact_zeros and bool((actual[norms == 0] != 0).any()):
         return math.inf
-    floor = max(FLOOR * rms_norm(reference), smallest)
+    floor = max(min(max(width**-0.5, FLOOR), 1.0) * rms_norm(reference), smallest)
     return float((error / norms.clamp_min(floor)).max()) if floor > 0 else 0.0
 
 
