@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import functional
 from .cache import KVCache, StaticKVCache
@@ -405,7 +408,10 @@ class MixtureOfAttention(nn.Module):
         mask, causal = self._mask(attention_mask, token_mask, positions, past, keys)
         if cache is not None:
             key, value = cache.update(key, value)
-        attended = self._attend(query, key, value, mask, causal)
+        # cuDNN plans anew for every length, at many times the cost of a decoding step.
+        grows = isinstance(cache, KVCache) and query.is_cuda and not torch.compiler.is_compiling()
+        with _kernels_without_plans() if grows else contextlib.nullcontext():
+            attended = self._attend(query, key, value, mask, causal)
         rows = attended.permute(0, 3, 2, 1, 4).reshape(batch * length * self.top_k, self.experts.inner_size)
         y = self.experts(rows, gates, routing).view(batch, length, self.hidden_size)
         if self.bias is not None:
@@ -506,7 +512,8 @@ class MixtureOfAttention(nn.Module):
             return output.unflatten(2, (group, length))
         grouped = group > 1
         if grouped and query.is_cuda and not (mask is None and query.dtype in (torch.float16, torch.bfloat16)):
-            # Of the fused CUDA kernels only flash attention knows groups; copies of the keys cost less than all scores.
+            # The fused CUDA kernel that takes any mask and float32 knows no groups; copies of the keys are cheaper than
+            # the unfused way, which would store all scores.
             key = key.repeat_interleave(group, dim=1)
             value = value.repeat_interleave(group, dim=1)
             grouped = False
@@ -514,3 +521,15 @@ class MixtureOfAttention(nn.Module):
             query.flatten(1, 2), key, value, is_causal=causal, enable_gqa=grouped, **options
         )
         return output.unflatten(1, (self.num_kv_heads, group))
+
+
+def _kernels_without_plans() -> contextlib.AbstractContextManager:
+    """Allow the attention kernels that are allowed now, except cuDNN's."""
+    cuda = torch.backends.cuda
+    allowed = {
+        SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.MATH: cuda.math_sdp_enabled(),
+    }
+    kernels = [kernel for kernel, yes in allowed.items() if yes]
+    return sdpa_kernel(kernels) if kernels else contextlib.nullcontext()
