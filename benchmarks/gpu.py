@@ -68,7 +68,6 @@ class Benchmark:
         try:
             for name, worker in list(self.workers.items()):
                 self.try_to(name, lambda worker=worker: worker.wait(self.time_left(120)))
-            self.workers = {name: worker for name, worker in self.workers.items() if "reason" not in self.facts[name]}
             for shape_name, shape in self.options.shapes:
                 for routing in self.options.routing:
                     self.run_case(shape_name, shape, routing)
@@ -94,7 +93,8 @@ class Benchmark:
         """All implementations on one shape and routing."""
         options = self.options
         case = {"shape": shape_name, "sizes": str(shape), "routing": routing, "dtype": options.dtype}
-        rows = {name: {**case, "impl": name} for name in self.workers}
+        usable = {name: worker for name, worker in self.workers.items() if "reason" not in self.facts[name]}
+        rows = {name: {**case, "impl": name} for name in usable}
         times: dict[tuple[str, str], list[float]] = {(name, mode): [] for name in rows for mode in MODES}
 
         def fail(name: str, error: WorkerError) -> None:
@@ -119,7 +119,7 @@ class Benchmark:
             return replies
 
         try:
-            for name, worker in self.workers.items():
+            for name, worker in usable.items():
                 if not worker.is_alive:
                     worker.start()
                     try:
@@ -139,6 +139,8 @@ class Benchmark:
                     self.facts[name]["version"] = reply["version"]
                 except WorkerError as error:
                     fail(name, error)
+                    if "version" not in self.facts[name] and str(error).startswith(("ModuleNotFound", "ImportError")):
+                        self.facts[name]["reason"] = str(error)  # not installed: no use asking again
             for name, reply in ask_all(running(), "check", 120).items():
                 errors = reply["errors"]
                 rows[name]["errors"] = errors
@@ -166,8 +168,8 @@ class Benchmark:
                 if values and "reason" not in rows[name]:
                     rows[name][f"{mode}_ms"] = statistics.median(values)
                     rows[name][f"{mode}_ms_all"] = [round(value, 4) for value in values]
-            self.add_rows(list(rows.values()), shape)
-            for worker in self.workers.values():
+            self.add_rows([row for name, row in rows.items() if "reason" not in self.facts[name]], shape)
+            for worker in usable.values():
                 if worker.is_alive and "reason" in rows[worker.name]:
                     try:
                         worker.ask("release", 30)

@@ -8,7 +8,7 @@ from peers import IMPLEMENTATIONS
 from shapes import ROUTINGS
 
 MODES = {"train": 3, "inference": 1}  # cost of each in forward passes
-OURS = ("scattermoe", "scattermoe-portable")
+OURS = ("scattermoe", "scattermoe-recompute", "scattermoe-portable")
 PEERS = tuple(name for name in IMPLEMENTATIONS if name not in (*OURS, "ceiling"))
 
 
@@ -259,6 +259,7 @@ GPU waits for the host.
 
 COLORS = {
     "scattermoe": "#d1495b",
+    "scattermoe-recompute": "#f4a6ae",
     "scattermoe-portable": "#edae49",
     "sonicmoe": "#00798c",
     "megablocks-grouped": "#6a4c93",

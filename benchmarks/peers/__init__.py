@@ -27,6 +27,7 @@ class Implementation:
 
 IMPLEMENTATIONS = {
     "scattermoe": Implementation("peers.ours", is_peer=False),
+    "scattermoe-recompute": Implementation("peers.ours", {"recompute": True}, is_peer=False),
     "scattermoe-portable": Implementation(
         "peers.ours", environment={"SCATTERMOE_PORTABLE_KERNELS": "1"}, is_peer=False
     ),

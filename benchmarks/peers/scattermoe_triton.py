@@ -3,11 +3,12 @@
 It is found because --peer-path comes first in the process of a peer; nothing is renamed.
 """
 
-import scattermoe
 import torch
 from problem import Problem
-from scattermoe.mlp import GLUMLP
 from torch import Tensor
+
+import scattermoe
+from scattermoe.mlp import GLUMLP
 
 if hasattr(scattermoe, "moe_mlp"):
     raise ImportError("ScatterMoE's Triton package is not in --peer-path")

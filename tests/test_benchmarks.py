@@ -1,0 +1,115 @@
+"""The GPU benchmark's harness: everything of it that needs no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TINY = "48,32,16,4,2"
+
+
+@pytest.fixture(autouse=True)
+def benchmark_modules(monkeypatch):
+    """The benchmarks are scripts beside their modules, not a package."""
+    pytest.importorskip("tqdm")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_arguments():
+    from gpu import parse_arguments
+    from peers import IMPLEMENTATIONS
+    from shapes import SHAPES, Shape
+
+    everything = parse_arguments([])
+    assert dict(everything.shapes) == SHAPES and len(SHAPES) == 11 and everything.impls == list(IMPLEMENTATIONS)
+    some = parse_arguments(["--shapes", "mixtral", TINY, "--impls", "scattermoe", "ceiling", "--time-budget", "9"])
+    assert some.shapes == [("mixtral", SHAPES["mixtral"]), (TINY, Shape(48, 32, 16, 4, 2))]
+    assert some.impls == ["scattermoe", "ceiling"] and some.time_budget == 9
+    for wrong in (["--shapes", "mixtrel"], ["--shapes", "8,8,8,2,3"], ["--impls", "none"], ["--dtype", "int8"]):
+        with pytest.raises(SystemExit):
+            parse_arguments(wrong)
+
+
+def test_routings():
+    from shapes import Shape, draw_expert_ids
+
+    shape = Shape(4096, 8, 8, 20, 4)
+    counts = {}
+    for routing in ("balanced", "zipf", "empty"):
+        ids = draw_expert_ids(shape, routing, torch.Generator().manual_seed(0))
+        assert ids.shape == (4096, 4) and all(row.unique().numel() == 4 for row in ids[:64])
+        counts[routing] = ids.flatten().bincount(minlength=20).sort(descending=True).values
+    assert counts["balanced"][0] < 1.2 * counts["balanced"][-1]
+    assert counts["zipf"][0] > 5 * counts["zipf"][-1]
+    assert (counts["empty"] == 0).sum() == 2 and counts["empty"][0] < 1.2 * counts["empty"][17]
+    # Never so many empty experts that a token finds no K of them.
+    assert draw_expert_ids(Shape(64, 8, 8, 2, 2), "empty", torch.Generator().manual_seed(0)).shape == (64, 2)
+
+
+@pytest.mark.parametrize("broken", ["none", "output", "gates", "weight", "nan"])
+def test_check_rejects_what_is_wrong(broken):
+    from peers.ours import Layer
+    from problem import Problem
+    from shapes import Shape
+    from worker import Server
+
+    class Broken(Layer):
+        def forward(self):
+            y = super().forward()
+            return {"output": y * 1.1, "nan": torch.where(y == y[3, 3], torch.nan, y)}.get(broken, y)
+
+        def weight_gradient(self, expert):
+            up, down = super().weight_gradient(expert)
+            if broken == "gates":  # after the step: what the check is about to read
+                self.gates.grad.neg_()
+            return (up.flip(0), down) if broken == "weight" else (up, down)
+
+    from problem import Reference
+
+    server = Server("scattermoe", "cpu")
+    server.problem = Problem(Shape(32, 16, 8, 4, 2), "zipf", torch.float32, "cpu")
+    server.reference = Reference(server.problem)
+    server.layer = Broken(server.problem)
+    assert server.check()["right"] == (broken == "none")
+
+
+def run_gpu_benchmark(*arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+
+
+def test_run_and_page(tmp_path):
+    """A run on the CPU, with an implementation that is not installed and one that cannot do what is asked."""
+    pytest.importorskip("matplotlib")
+    results, docs = tmp_path / "gpu.json", tmp_path / "docs"
+    impls = ["scattermoe", "scattermoe-triton", "ceiling"]
+    done = run_gpu_benchmark(
+        "--device", "cpu", "--shapes", TINY, "--impls", *impls, "--rounds", "2", "--steps", "2",
+        "--routing", "balanced", "zipf", "--dtype", "float32", "--json", str(results), "--docs", str(docs),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(results.read_text())
+    assert "not in --peer-path" in result["implementations"]["scattermoe-triton"]["reason"]
+    rows = {(row["routing"], row["impl"]): row for row in result["rows"]}
+    assert set(rows) == {(routing, impl) for routing in ("balanced", "zipf") for impl in ("scattermoe", "ceiling")}
+    ours = rows["balanced", "scattermoe"]
+    assert len(ours["train_ms_all"]) == len(ours["inference_ms_all"]) == 4
+    flops = 18 * 48 * 2 * 32 * 16
+    assert ours["train_tflops"] == pytest.approx(flops / ours["train_ms"] / 1e9)
+    assert ours["train_of_ceiling"] == pytest.approx(ours["train_tflops"] / rows["balanced", "ceiling"]["train_tflops"])
+    assert result["implementations"]["scattermoe"]["host_train_us"] > 0
+    page = (docs / "benchmarks.md").read_text()
+    assert TINY in page and "## Uneven routing" in page and "scattermoe-triton on all" in page
+    assert (docs / "benchmarks.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu():
+    done = run_gpu_benchmark("--shapes", "mixtral")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "needs a CUDA GPU" in done.stderr
