@@ -32,9 +32,10 @@ class Config:
     mlp_size: int = 256
     activation: str = "swiglu"
     jitter: float = 0.0
+    init_std: float = 0.05
     context: int = 256
     batch_size: int = 8
-    steps: int = 600
+    steps: int = 500
     learning_rate: float = 3e-3
     balance_weight: float = 0.01
     z_weight: float = 1e-3
@@ -81,6 +82,7 @@ class Block(nn.Module):
             config.kv_heads,
             config.head_dim,
             causal=True,
+            init_std=config.init_std,
         )
         self.mlp_norm = nn.RMSNorm(config.hidden_size)
         self.mlp = scattermoe.MoE(
@@ -90,6 +92,7 @@ class Block(nn.Module):
             config.mlp_top_k,
             activation=config.activation,
             jitter=config.jitter,
+            init_std=config.init_std,
         )
 
     def forward(self, x: Tensor, cache=None):
