@@ -93,12 +93,13 @@ class Benchmark:
         """All implementations on one shape and routing."""
         options = self.options
         case = {"shape": shape_name, "sizes": str(shape), "routing": routing, "dtype": options.dtype}
-        usable = {name: worker for name, worker in self.workers.items() if "reason" not in self.facts[name]}
+        asked = options.impls if routing == "balanced" else options.uneven_impls
+        usable = {name: self.workers[name] for name in asked if "reason" not in self.facts[name]}
         rows = {name: {**case, "impl": name} for name in usable}
         times: dict[tuple[str, str], list[float]] = {(name, mode): [] for name in rows for mode in MODES}
 
         def fail(name: str, error: WorkerError) -> None:
-            rows[name]["reason"] = str(error)
+            self.fail(rows[name], error)
 
         def running() -> list[str]:
             return [name for name, row in rows.items() if "reason" not in row]
@@ -128,19 +129,7 @@ class Benchmark:
                         fail(name, error)
             sizes = [int(size) for size in str(shape).split(",")]
             ask_all(running(), "setup", 120, shape=sizes, routing=routing, dtype=options.dtype)
-            # One after the other: a tuner that shares the GPU picks the wrong kernel, and cold starts are to be compared.
-            for name in running():
-                try:
-                    reply = self.workers[name].ask("first_step", self.time_left(options.first_step_timeout))
-                    rows[name]["first_step_s"] = reply["seconds"]
-                    if reply["cold"]:
-                        self.facts[name].setdefault("cold_start_s", reply["seconds"])
-                        self.facts[name].setdefault("cold_start_shape", shape_name)
-                    self.facts[name]["version"] = reply["version"]
-                except WorkerError as error:
-                    fail(name, error)
-                    if "version" not in self.facts[name] and str(error).startswith(("ModuleNotFound", "ImportError")):
-                        self.facts[name]["reason"] = str(error)  # not installed: no use asking again
+            self.take_first_steps(running(), rows, shape_name)
             for name, reply in ask_all(running(), "check", 120).items():
                 errors = reply["errors"]
                 rows[name]["errors"] = errors
@@ -175,6 +164,50 @@ class Benchmark:
                         worker.ask("release", 30)
                     except WorkerError:
                         worker.stop()  # its state on the GPU is beyond repair: a new process takes the next shape
+
+    def fail(self, row: dict, error: WorkerError) -> None:
+        """Keeps why a row has no numbers, unless it is that there was no time."""
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            raise OutOfTime from error
+        row["reason"] = str(error)
+
+    def take_first_steps(self, names: list[str], rows: dict[str, dict], shape_name: str) -> None:
+        """First steps of a case, cold starts one after the other, because they are to be compared.
+
+        Later an implementation that tunes its kernels on the GPU still has it nearly for itself: one tunes at a time, while
+        the others, which only compile on the host if anything, take their steps beside it.
+        """
+        is_cold = {name: "version" not in self.facts[name] for name in names}
+        alone = [name for name in names if is_cold[name] or IMPLEMENTATIONS[name].tunes]
+        beside = [name for name in names if name not in alone]
+
+        def wait(name: str) -> None:
+            try:
+                reply = self.workers[name].wait(self.time_left(self.options.first_step_timeout))
+                rows[name]["first_step_s"] = reply["seconds"]
+                self.facts[name]["version"] = reply["version"]
+                if is_cold[name]:
+                    self.facts[name].update(cold_start_s=reply["seconds"], cold_start_shape=shape_name)
+            except WorkerError as error:
+                self.fail(rows[name], error)
+                if is_cold[name] and str(error).startswith(("ModuleNotFoundError", "ImportError")):
+                    self.facts[name]["reason"] = str(error)  # not installed: no use asking again
+
+        def send(name: str) -> None:
+            try:
+                self.workers[name].send("first_step")
+            except WorkerError as error:
+                self.fail(rows[name], error)
+
+        for name in beside:
+            send(name)
+        for name in alone:
+            send(name)
+            if "reason" not in rows[name]:
+                wait(name)
+        for name in beside:
+            if "reason" not in rows[name]:
+                wait(name)
 
     def add_rows(self, rows: list[dict], shape: Shape) -> None:
         """Adds speeds and ratios to the rows of a case and prints them."""
@@ -220,6 +253,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--impls", nargs="+", choices=list(IMPLEMENTATIONS), default=list(IMPLEMENTATIONS))
     parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
+    parser.add_argument(
+        "--uneven-impls", nargs="+", choices=list(IMPLEMENTATIONS), metavar="IMPL",
+        help="those of --impls to measure under routings other than balanced (all)",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="bfloat16")
     parser.add_argument(
         "--rounds", type=int, default=7, help="rounds in which all implementations take turns (%(default)s)"
@@ -242,6 +279,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.impls = list(dict.fromkeys(options.impls))
+    options.uneven_impls = [name for name in options.impls if name in (options.uneven_impls or options.impls)]
     return options
 
 

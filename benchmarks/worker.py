@@ -301,4 +301,6 @@ if __name__ == "__main__":
         site.addsitedir(folder)
         added = [entry for entry in sys.path if entry not in known]
         sys.path[:] = added + [entry for entry in sys.path if entry in known]
+        # For the processes that a peer starts to compile its kernels.
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*added, os.environ.get("PYTHONPATH")]))
     serve(sys.argv[1], sys.argv[2])
