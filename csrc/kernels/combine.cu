@@ -10,10 +10,9 @@ namespace scattermoe::kernels {
 
 namespace {
 
-// Rows of one token that a thread loads before it adds the first.
-constexpr int kRowsInFlight = 8;
-
-template <typename T, bool kAligned>
+// A thread loads kRowsInFlight rows of a token before it adds the first. Nothing branches on what was loaded, or each
+// row would wait for the one before: sentinels, and what the last round has too many, load some row and do not count.
+template <typename T, bool kAligned, int kRowsInFlight>
 __global__ void __launch_bounds__(kRowBlockThreads) combine_kernel(const CombineParams p) {
     using Compute = ComputeType<T>;
     constexpr int kSize = kVectorSize<T, kAligned>;
@@ -27,31 +26,28 @@ __global__ void __launch_bounds__(kRowBlockThreads) combine_kernel(const Combine
     for (int64_t column = int64_t{threadIdx.x} * kSize; column < p.hidden; column += int64_t{blockDim.x} * kSize) {
         Compute sum[kSize] = {};
         for (int j0 = 0; j0 < p.top_k; j0 += kRowsInFlight) {
-            Vec values[kRowsInFlight];
+            int32_t row_of[kRowsInFlight];
             Compute weights[kRowsInFlight];
-            bool valid[kRowsInFlight];
+            bool counts[kRowsInFlight];
+            Vec values[kRowsInFlight];
 #pragma unroll
             for (int i = 0; i < kRowsInFlight; ++i) {
-                const int64_t slot = first_slot + j0 + i;
-                valid[i] = j0 + i < p.top_k;
-                int64_t row = slot;
-                if (valid[i] && p.slot_position != nullptr) {
-                    const int32_t position = p.slot_position[slot];
-                    valid[i] = position >= 0;
-                    if (p.grouped) row = position;
-                }
-                if (valid[i]) {
-                    weights[i] = gates == nullptr ? Compute(1) : gates[slot];
-                    values[i] = Vec::load(rows + row * p.hidden + column);
-                }
+                const int64_t slot = first_slot + min(j0 + i, p.top_k - 1);
+                const int32_t position = p.slot_position == nullptr ? 0 : p.slot_position[slot];
+                counts[i] = j0 + i < p.top_k && position >= 0;
+                row_of[i] = p.grouped ? max(position, 0) : static_cast<int32_t>(slot);
+                weights[i] = gates == nullptr ? Compute(1) : gates[slot];
             }
 #pragma unroll
-            for (int i = 0; i < kRowsInFlight; ++i) {
-                // Skipped, not multiplied by zero: a sentinel's row may hold NaN.
-                if (!valid[i]) continue;
+            for (int i = 0; i < kRowsInFlight; ++i)
+                values[i] = Vec::load_once(rows + row_of[i] * p.hidden + column);
 #pragma unroll
-                for (int c = 0; c < kSize; ++c)
-                    sum[c] += weights[i] * values[i].get(c);
+            for (int i = 0; i < kRowsInFlight; ++i) {
+#pragma unroll
+                for (int c = 0; c < kSize; ++c) {
+                    // Selected, not multiplied by zero: a sentinel's row and gate may hold NaN.
+                    sum[c] += counts[i] ? weights[i] * values[i].get(c) : Compute(0);
+                }
             }
         }
         Vec result;
@@ -60,6 +56,16 @@ __global__ void __launch_bounds__(kRowBlockThreads) combine_kernel(const Combine
             result.set(c, sum[c]);
         result.store(static_cast<T*>(p.out) + token * p.hidden + column);
     }
+}
+
+template <typename T, bool kAligned>
+cudaError_t launch_combine(const CombineParams& p, cudaStream_t stream) {
+    const auto kernel = p.top_k <= 2   ? combine_kernel<T, kAligned, 2>
+                        : p.top_k <= 4 ? combine_kernel<T, kAligned, 4>
+                                       : combine_kernel<T, kAligned, 8>;
+    const dim3 block = row_block(ceil_div(p.hidden, kVectorSize<T, kAligned>));
+    kernel<<<static_cast<unsigned>(ceil_div(p.num_tokens, block.y)), block, 0, stream>>>(p);
+    return cudaGetLastError();
 }
 
 // One warp for each grouped position.
@@ -114,12 +120,7 @@ cudaError_t combine(const CombineParams& p, cudaStream_t stream) {
     return dispatch_dtype(p.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         const bool aligned = rows_aligned<T>(p.hidden) && is_vector_aligned(p.rows) && is_vector_aligned(p.out);
-        return dispatch_bool(aligned, [&](auto vectors) {
-            const dim3 block = row_block(ceil_div(p.hidden, kVectorSize<T, vectors.value>));
-            const auto grid = static_cast<unsigned>(ceil_div(p.num_tokens, block.y));
-            combine_kernel<T, vectors.value><<<grid, block, 0, stream>>>(p);
-            return cudaGetLastError();
-        });
+        return dispatch_bool(aligned, [&](auto vectors) { return launch_combine<T, vectors.value>(p, stream); });
     });
 }
 

@@ -15,11 +15,16 @@ bool stride_aligned(int64_t stride, DType dtype) {
     return stride * size_of(dtype) % kVectorBytes == 0;
 }
 
+// The copies of the tensor-core kernels multiply row numbers by a stride of 32 bits.
+bool stride_fits(int64_t stride, DType dtype) {
+    return stride * size_of(dtype) <= kMaxRowBytes;
+}
+
 template <typename Params>
 cudaError_t choose(const Params& p, bool aligned, bool weight_gradient, GemmChoice& choice) {
     int arch = 0;
     const cudaError_t error = code_architecture(arch);
-    choice = select_gemm({p.dtype, p.allow_tf32, arch, aligned, p.num_slots, p.num_experts, weight_gradient});
+    choice = select_gemm({p.dtype, p.allow_tf32, arch, aligned, p.num_slots, p.num_experts, weight_gradient, p.n});
     return error;
 }
 
@@ -32,6 +37,7 @@ cudaError_t grouped_gemm(const GroupedGemmParams& p, cudaStream_t stream) {
     const bool aligned = is_vector_aligned(p.in) && is_vector_aligned(p.weight) &&
                          stride_aligned(p.in_stride, p.dtype) && stride_aligned(p.weight_expert_stride, p.dtype) &&
                          stride_aligned(row_stride, p.dtype);
+    if (!stride_fits(p.in_stride, p.dtype) || !stride_fits(row_stride, p.dtype)) return cudaErrorInvalidValue;
     GemmChoice choice;
     const cudaError_t error = choose(p, aligned, false, choice);
     if (error != cudaSuccess) return error;
@@ -52,6 +58,7 @@ cudaError_t weight_grad(const WeightGradParams& p, cudaStream_t stream) {
     if (p.num_experts == 0 || p.m == 0 || p.n == 0) return cudaSuccess;
     const bool aligned = is_vector_aligned(p.left) && is_vector_aligned(p.right) &&
                          stride_aligned(p.left_stride, p.dtype) && stride_aligned(p.right_stride, p.dtype);
+    if (!stride_fits(p.left_stride, p.dtype) || !stride_fits(p.right_stride, p.dtype)) return cudaErrorInvalidValue;
     GemmChoice choice;
     const cudaError_t error = choose(p, aligned, true, choice);
     if (error != cudaSuccess) return error;

@@ -11,14 +11,22 @@
 
 namespace scattermoe::kernels {
 
-// Where the row of a grouped position lies: at the position itself, at its slot, or (divided by top_k) at its token.
+// Rows of an operand may lie at most this far apart; more is an invalid argument.
+inline constexpr int64_t kMaxRowBytes = INT32_MAX;
+
+// Where the row of a grouped position lies: at the position itself (top_k one), at its slot, or (divided by top_k) at
+// its token.
 struct RowMap {
     const int32_t* slot_order = nullptr;  // none: rows are in grouped order
     FastDivider top_k;
 
-    __device__ __forceinline__ int32_t operator()(int32_t position) const {
-        return slot_order == nullptr ? position : top_k.divide(slot_order[position]);
+    // In two halves, so that the load can run ahead of its use.
+    __device__ __forceinline__ int32_t fetch(int32_t position) const {
+        return slot_order == nullptr ? position : slot_order[position];
     }
+    __device__ __forceinline__ int32_t resolve(int32_t fetched) const { return top_k.divide(fetched); }
+
+    __device__ __forceinline__ int32_t operator()(int32_t position) const { return resolve(fetch(position)); }
 };
 
 // out[rows(p), :] = in[rows(p), :] W[e]^T + bias[e] for every grouped position p of expert e; zero for sentinels.

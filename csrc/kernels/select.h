@@ -40,6 +40,10 @@ struct GemmTile {
 enum class TileId : int {
     // 3 stages of 128 bytes, 96 KB: two blocks need an SM of 228 KB (9.x, 10.x).
     kDeep,
+    // Eight such warps in one block, 4 stages of 128 bytes, 192 KB: a quarter less traffic for the same products than
+    // two
+    // blocks side by side, for outputs that fill it.
+    kWide,
     // 3 stages of 64 bytes, 48 KB: two blocks fit an SM of 100 KB (8.6, 8.9, 12.x), and 8.0 with room to spare.
     kFlat,
     // Few rows for each expert (decoding): the product reads every weight for a handful of rows and is bound by memory,
@@ -56,6 +60,8 @@ SCATTERMOE_HD constexpr GemmTile tile_shape(TileId tile) {
     switch (tile) {
         case TileId::kDeep:
             return {128, 128, 128, 2, 2, 3, 2};
+        case TileId::kWide:
+            return {128, 256, 128, 2, 4, 4, 1};
         case TileId::kFlat:
             return {128, 128, 64, 2, 2, 3, 2};
         case TileId::kDeepSlim:
@@ -78,6 +84,7 @@ constexpr bool fits_shared_memory(TileId tile, int bytes) {
     return shape.blocks_per_sm * (shape.shared_bytes() + kBlockOverhead) <= bytes;
 }
 static_assert(fits_shared_memory(TileId::kDeep, kLargeSharedMemory));
+static_assert(fits_shared_memory(TileId::kWide, kLargeSharedMemory));
 static_assert(fits_shared_memory(TileId::kDeepSlim, kLargeSharedMemory));
 static_assert(fits_shared_memory(TileId::kFlat, kSmallSharedMemory));
 static_assert(fits_shared_memory(TileId::kFlatSlim, kSmallSharedMemory));
@@ -98,8 +105,15 @@ struct GemmQuery {
     bool aligned;     // every row of both operands starts at a multiple of 16 bytes
     int64_t rows;     // grouped rows in all
     int64_t num_experts;
-    bool weight_gradient;  // the contraction runs over the rows
+    bool weight_gradient;    // the contraction runs over the rows
+    int64_t columns = 4096;  // of the output (of one expert's, for a weight gradient)
 };
+
+// Whether tiles of 256 columns compute hardly more padding than tiles of 128.
+constexpr bool fills_wide_tiles(int64_t columns) {
+    const int64_t half_tiles = ceil_div(columns, tile_shape(TileId::kWide).n / 2);
+    return half_tiles % 2 == 0 || half_tiles >= 16;
+}
 
 struct GemmChoice {
     GemmEngine engine;
@@ -125,9 +139,16 @@ constexpr GemmChoice select_gemm(const GemmQuery& query) {
         return {GemmEngine::kTensorCore, large ? TileId::kDeepSlim : TileId::kFlatSlim, true,
                 "mma.sync, 32-row tile: few rows for each expert, bound by the weights' memory traffic"};
     }
-    return {GemmEngine::kTensorCore, large ? TileId::kDeep : TileId::kFlat, true,
-            large ? "mma.sync, 128x128 tile, 128-byte stages (registers; 228 KB of shared memory)"
-                  : "mma.sync, 128x128 tile, 64-byte stages (registers; two blocks in 100 KB of shared memory)"};
+    if (!large) {
+        return {GemmEngine::kTensorCore, TileId::kFlat, true,
+                "mma.sync, 128x128 tile, 64-byte stages (registers; two blocks in 100 KB of shared memory)"};
+    }
+    if (!fills_wide_tiles(query.columns)) {
+        return {GemmEngine::kTensorCore, TileId::kDeep, true,
+                "mma.sync, 128x128 tile, 128-byte stages (registers; too few columns for 256 at a time)"};
+    }
+    return {GemmEngine::kTensorCore, TileId::kWide, true,
+            "mma.sync, 128x256 tile, 128-byte stages (registers; 228 KB of shared memory)"};
 }
 
 }  // namespace scattermoe::kernels

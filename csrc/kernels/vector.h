@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "ptx/global_memory.h"
 #include "types.h"
 
 namespace scattermoe::kernels {
@@ -47,7 +48,16 @@ template <typename T, int kSize>
 struct alignas(kSize * sizeof(T)) Vector {
     T elements[kSize];
 
+    __device__ __forceinline__ static constexpr int size() { return kSize; }
     __device__ __forceinline__ static Vector load(const T* source) { return *reinterpret_cast<const Vector*>(source); }
+    // For rows that stream through: see ptx::load_global_once.
+    __device__ __forceinline__ static Vector load_once(const T* source) {
+        if constexpr (sizeof(Vector) == kVectorBytes) {
+            return __builtin_bit_cast(Vector, ptx::load_global_once(source));
+        } else {
+            return load(source);
+        }
+    }
     __device__ __forceinline__ void store(T* target) const { *reinterpret_cast<Vector*>(target) = *this; }
     __device__ __forceinline__ static Vector zero() {
         Vector v;

@@ -24,8 +24,8 @@ namespace scattermoe::kernels::sm80 {
 // Whether select.h may pick the tile for the code being compiled: the other family's kernels stay empty, which halves
 // what there is to compile and to ship.
 template <TileId kTileId>
-inline constexpr bool kTileIsCompiled =
-    (kTileId == TileId::kDeep || kTileId == TileId::kDeepSlim) == has_large_shared_memory(SCATTERMOE_CODE_ARCH);
+inline constexpr bool kTileIsCompiled = (kTileId == TileId::kDeep || kTileId == TileId::kWide ||
+                                         kTileId == TileId::kDeepSlim) == has_large_shared_memory(SCATTERMOE_CODE_ARCH);
 
 template <typename Element, TileId kTileId, Major kWeightMajor, bool kAligned>
 __global__ void __launch_bounds__(tile_shape(kTileId).threads(), tile_shape(kTileId).blocks_per_sm)
@@ -42,21 +42,20 @@ __global__ void __launch_bounds__(tile_shape(kTileId).threads(), tile_shape(kTil
         const bool sentinels = tile.expert == p.num_experts;
 
         Accumulators<kTileId> sums = {};
-        if (!sentinels) {
+        if (!sentinels && p.k > 0) {
+            const MatrixView in(static_cast<const Element*>(p.in), p.in_stride);
             RowsCopy<Element, kTile.m, kTile.k_bytes, kTile.threads(), kAligned> copy_in(
-                static_cast<const Element*>(p.in), p.in_stride, p.k,
-                [&](int row) { return p.in_rows(min(tile.row_begin + row, tile.row_end - 1)); });
+                in, p.k, [&](int row) { return p.in_rows(min(tile.row_begin + row, tile.row_end - 1)); });
             const Element* const weight = static_cast<const Element*>(p.weight) + tile.expert * p.weight_expert_stride;
             const int k_blocks = static_cast<int>(ceil_div(p.k, kTile.k_elements(sizeof(Element))));
             const uint32_t stages = ptx::shared_address(shared);
             if constexpr (kWeightMajor == Major::kK) {
                 RowsCopy<Element, kTile.n, kTile.k_bytes, kTile.threads(), kAligned> copy_weight(
-                    weight, p.weight_n_stride, p.k, [&](int row) { return min(column + row, p.n - 1); });
+                    MatrixView(weight, p.weight_n_stride), p.k, [&](int row) { return min(column + row, p.n - 1); });
                 Mainloop<Element, kTileId, Major::kK, Major::kK>::run(sums, stages, copy_in, copy_weight, k_blocks);
             } else {
-                const auto identity = [](int k) { return k; };
-                DepthCopy<Element, kTile.n, kTile.k_bytes, kTile.threads(), kAligned, decltype(identity)> copy_weight(
-                    weight, p.weight_k_stride, column, p.n, p.k, identity);
+                DepthCopy<Element, kTile.n, kTile.k_bytes, kTile.threads(), kAligned, AdjacentRows> copy_weight(
+                    MatrixView(weight, p.weight_k_stride), column, p.n, p.k, AdjacentRows{});
                 Mainloop<Element, kTileId, Major::kK, Major::kMn>::run(sums, stages, copy_in, copy_weight, k_blocks);
             }
         }
@@ -88,15 +87,22 @@ cudaError_t grouped_gemm(const GroupedGemmParams& p, const GemmChoice& choice, c
         return p.weight_k_stride == 1 ? launch_grouped_gemm<Element, kTileId, Major::kK, kAligned>(p, stream)
                                       : launch_grouped_gemm<Element, kTileId, Major::kMn, kAligned>(p, stream);
     };
-    if (!choice.vector_copies) {
-        return choice.tile == TileId::kDeep ? launch.template operator()<TileId::kDeep, false>()
-                                            : launch.template operator()<TileId::kFlat, false>();
+    switch (choice.tile) {
+        case TileId::kDeep:
+            return choice.vector_copies ? launch.template operator()<TileId::kDeep, true>()
+                                        : launch.template operator()<TileId::kDeep, false>();
+        case TileId::kFlat:
+            return choice.vector_copies ? launch.template operator()<TileId::kFlat, true>()
+                                        : launch.template operator()<TileId::kFlat, false>();
+        case TileId::kWide:
+            return launch.template operator()<TileId::kWide, true>();
+        case TileId::kDeepSlim:
+            return launch.template operator()<TileId::kDeepSlim, true>();
+        case TileId::kFlatSlim:
+            return launch.template operator()<TileId::kFlatSlim, true>();
+        default:
+            return cudaErrorInvalidValue;
     }
-    if (choice.tile == TileId::kDeep) return launch.template operator()<TileId::kDeep, true>();
-    if (choice.tile == TileId::kFlat) return launch.template operator()<TileId::kFlat, true>();
-    if (choice.tile == TileId::kDeepSlim) return launch.template operator()<TileId::kDeepSlim, true>();
-    if (choice.tile == TileId::kFlatSlim) return launch.template operator()<TileId::kFlatSlim, true>();
-    return cudaErrorInvalidValue;
 }
 
 }  // namespace scattermoe::kernels::sm80

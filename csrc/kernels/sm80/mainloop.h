@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "operand_tile.h"
 
@@ -28,6 +29,14 @@ struct WarpTile {
 template <TileId kTileId>
 using Accumulators = float[WarpTile<kTileId>::kBlocksM][WarpTile<kTileId>::kBlocksN][4];
 
+// f<0>(), f<1>(), ...: a loop whose counter is a constant in its body.
+template <int kCount, typename F>
+__device__ __forceinline__ void static_for(F&& f) {
+    [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
+        (f.template operator()<kIndex>(), ...);
+    }(std::make_integer_sequence<int, kCount>{});
+}
+
 template <typename Element, TileId kTileId, Major kMajorA, Major kMajorB>
 struct Mainloop {
     static constexpr GemmTile kTile = tile_shape(kTileId);
@@ -38,64 +47,89 @@ struct Mainloop {
     static_assert(kSteps % 2 == 0, "fragments alternate between two buffers");
     static_assert(kTile.stages >= 2);
 
-    struct Fragments {
-        uint32_t a[Warp::kBlocksM][4];
-        uint32_t b[Warp::kBlocksN / 2][4];
-    };
+    static constexpr int kPairs = Warp::kBlocksN / 2;  // of blocks of B that one fragment holds
+    static_assert(kSteps * kPairs % 2 == 0);
 
     // Adds the product of all k-blocks. Shared memory is free for other use after the next __syncthreads().
+    //
+    // Fragments of B pass by one at a time and are multiplied with all of A's, whose fragments for the next step are
+    // read with the last of this one's products still to come.
     template <typename CopyA, typename CopyB>
     __device__ __forceinline__ static void run(Accumulators<kTileId>& sums, uint32_t shared, CopyA& copy_a,
                                                CopyB& copy_b, int k_blocks) {
         const int lane = threadIdx.x % kWarpSize;
         const FragmentReader<Element, kMajorA, kTile.m, kTile.k_bytes, Operand::kA> reader_a(Warp::warp_m(), lane);
         const FragmentReader<Element, kMajorB, kTile.n, kTile.k_bytes, Operand::kB> reader_b(Warp::warp_n(), lane);
-        Fragments fragments[2];
-        auto read = [&](Fragments& into, uint32_t stage, int step) {
-#pragma unroll
-            for (int m = 0; m < Warp::kBlocksM; ++m)
-                reader_a.load(into.a[m], stage, m, step);
-#pragma unroll
-            for (int n = 0; n < Warp::kBlocksN / 2; ++n)
-                reader_b.load(into.b[n], stage + TileA::kBytes, n, step);
-        };
+        uint32_t a[2][Warp::kBlocksM][4];
+        uint32_t b[2][4];
         int issued = 0;
         uint32_t write_stage = shared;
-        // One commit for each k-block, there or not, so that a fixed number of groups is pending.
-        auto issue = [&] {
-            if (issued < k_blocks) {
-                copy_a.issue(write_stage);
-                copy_b.issue(write_stage + TileA::kBytes);
+        // Part kPart of the next k-block's copies. Each k-block ends with a commit, whether there is one or not, so
+        // that a fixed number of groups is pending.
+        auto issue = [&]<int kPart, int kParts, bool kWhole>() {
+            if (kWhole || issued < k_blocks) {
+                copy_a.template issue<kPart, kParts, kWhole>(write_stage);
+                copy_b.template issue<kPart, kParts, kWhole>(write_stage + TileA::kBytes);
+            }
+            if constexpr (kPart == kParts - 1) {
                 write_stage = next_stage(write_stage, shared);
                 ++issued;
+                ptx::cp_async_commit();
             }
-            ptx::cp_async_commit();
         };
-
+        const int whole_blocks = min(copy_a.whole_blocks(), copy_b.whole_blocks());
 #pragma unroll
         for (int stage = 0; stage < kTile.stages - 1; ++stage)
-            issue();
+            issue.template operator()<0, 1, false>();
         ptx::cp_async_wait<kTile.stages - 2>();
         __syncthreads();
 
         uint32_t read_stage = shared;
-        read(fragments[0], read_stage, 0);
-#pragma unroll 1
-        for (int k_block = 0; k_block < k_blocks; ++k_block) {
 #pragma unroll
-            for (int step = 0; step < kSteps; ++step) {
-                if (step == kSteps - 1) {
-                    // Every warp holds the last fragments of this stage and may let it be overwritten; the next has
-                    // landed.
-                    ptx::cp_async_wait<kTile.stages - 2>();
-                    __syncthreads();
-                    read_stage = next_stage(read_stage, shared);
+        for (int m = 0; m < Warp::kBlocksM; ++m)
+            reader_a.load(a[0][m], read_stage, m, 0);
+        reader_b.load(b[0], read_stage + TileA::kBytes, 0, 0);
+
+        // Multiplies one k-block while it issues the copies of the one kStages - 1 later.
+        auto multiply = [&]<bool kWhole>() {
+            static_for<kSteps>([&]<int kStep>() {
+                issue.template operator()<kStep, kSteps, kWhole>();
+#pragma unroll
+                for (int pair = 0; pair < kPairs; ++pair) {
+                    const bool last = pair == kPairs - 1;
+                    const int now = (kStep * kPairs + pair) % 2;
+                    constexpr int kNextStep = (kStep + 1) % kSteps;
+                    if (last && kStep == kSteps - 1) {
+                        // Every warp has read its last fragments of this stage, which may be overwritten; the next has
+                        // landed.
+                        ptx::cp_async_wait<kTile.stages - 2>();
+                        __syncthreads();
+                        read_stage = next_stage(read_stage, shared);
+                    }
+                    if (last) {
+                        reader_b.load(b[now ^ 1], read_stage + TileA::kBytes, 0, kNextStep);
+#pragma unroll
+                        for (int m = 0; m < Warp::kBlocksM; ++m) {
+                            reader_a.load(a[kNextStep % 2][m], read_stage, m, kNextStep);
+                        }
+                    } else {
+                        reader_b.load(b[now ^ 1], read_stage + TileA::kBytes, pair + 1, kStep);
+                    }
+#pragma unroll
+                    for (int m = 0; m < Warp::kBlocksM; ++m) {
+                        ptx::mma_16x8<Element>(sums[m][2 * pair], a[kStep % 2][m], b[now][0], b[now][1]);
+                        ptx::mma_16x8<Element>(sums[m][2 * pair + 1], a[kStep % 2][m], b[now][2], b[now][3]);
+                    }
                 }
-                read(fragments[(step + 1) % 2], read_stage, (step + 1) % kSteps);
-                if (step == 0) issue();
-                multiply(sums, fragments[step % 2]);
-            }
-        }
+            });
+        };
+        int k_block = 0;
+#pragma unroll 1
+        for (; k_block + kTile.stages - 1 < whole_blocks; ++k_block)
+            multiply.template operator()<true>();
+#pragma unroll 1
+        for (; k_block < k_blocks; ++k_block)
+            multiply.template operator()<false>();
         ptx::cp_async_wait<0>();
     }
 
@@ -103,19 +137,6 @@ struct Mainloop {
     __device__ __forceinline__ static uint32_t next_stage(uint32_t stage, uint32_t shared) {
         stage += kTile.stage_bytes();
         return stage == shared + kTile.shared_bytes() ? shared : stage;
-    }
-
-    __device__ __forceinline__ static void multiply(Accumulators<kTileId>& sums, const Fragments& f) {
-#pragma unroll
-        for (int m = 0; m < Warp::kBlocksM; ++m) {
-#pragma unroll
-            for (int n = 0; n < Warp::kBlocksN; ++n) {
-                // Back and forth, so that consecutive products share a fragment of B.
-                const int column = m % 2 == 0 ? n : Warp::kBlocksN - 1 - n;
-                ptx::mma_16x8<Element>(sums[m][column], f.a[m], f.b[column / 2][column % 2 * 2],
-                                       f.b[column / 2][column % 2 * 2 + 1]);
-            }
-        }
     }
 };
 

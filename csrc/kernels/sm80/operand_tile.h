@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../grouped_gemm.h"
 #include "../ptx/cp_async.h"
 #include "../ptx/ldmatrix.h"
 #include "../ptx/mma.h"
@@ -103,20 +104,33 @@ class FragmentReader {
     int lane_offset_;
 };
 
-// Writes one chunk of which the first `valid` elements are read and the others become zero. With kAligned by cp.async;
-// else element by element through registers, for rows that start anywhere.
-template <bool kAligned, typename Element>
-__device__ __forceinline__ void copy_chunk(uint32_t shared, const Element* source, int valid) {
+// Writes one whole chunk. With kAligned by cp.async; else element by element through registers, for rows that start
+// anywhere.
+template <typename Element, bool kAligned>
+__device__ __forceinline__ void copy_chunk(uint32_t shared, const void* source) {
+    if constexpr (kAligned) {
+        ptx::cp_async_16(shared, source);
+    } else {
+        Vector<Element, kChunkBytes / static_cast<int>(sizeof(Element))> chunk;
+#pragma unroll
+        for (int i = 0; i < chunk.size(); ++i)
+            chunk.elements[i] = static_cast<const Element*>(source)[i];
+        ptx::store_shared_128(shared, __builtin_bit_cast(uint4, chunk));
+    }
+}
+
+// Writes one chunk of which the first `valid` elements are read and the others become zero.
+template <typename Element, bool kAligned>
+__device__ __forceinline__ void copy_chunk(uint32_t shared, const void* source, int valid) {
     if constexpr (kAligned) {
         ptx::cp_async_16(shared, source, valid * static_cast<int>(sizeof(Element)));
     } else {
-        constexpr int kElements = kChunkBytes / static_cast<int>(sizeof(Element));
-        Vector<Element, kElements> chunk = Vector<Element, kElements>::zero();
+        auto chunk = Vector<Element, kChunkBytes / static_cast<int>(sizeof(Element))>::zero();
 #pragma unroll
-        for (int i = 0; i < kElements; ++i) {
-            if (i < valid) chunk.elements[i] = source[i];
+        for (int i = 0; i < chunk.size(); ++i) {
+            if (i < valid) chunk.elements[i] = static_cast<const Element*>(source)[i];
         }
-        ptx::store_shared_128(shared, *reinterpret_cast<const uint4*>(&chunk));
+        ptx::store_shared_128(shared, __builtin_bit_cast(uint4, chunk));
     }
 }
 
@@ -129,13 +143,41 @@ struct CopyShape {
     static_assert(Tile::kRows % kRowsPerPass == 0 && kRowsPerPass % Tile::kSwizzlePeriod == 0);
     static constexpr int kPasses = Tile::kRows / kRowsPerPass;
     static constexpr int kPassBytes = kRowsPerPass * Tile::kPitch;
+
+    __device__ __forceinline__ static int chunk() { return threadIdx.x % Tile::kChunks; }
+    __device__ __forceinline__ static int row() { return threadIdx.x / Tile::kChunks; }
+    __device__ __forceinline__ static int shared_offset() { return Tile::offset(row(), chunk()); }
 };
 
-// Elements of a chunk that starts `begin` into a row of `size`.
+// Elements of a chunk that lie before the end of a row.
 template <int kElements>
-__device__ __forceinline__ int valid_elements(int size, int begin) {
-    return max(0, min(kElements, size - begin));
+__device__ __forceinline__ int valid_elements(int left) {
+    return max(0, min(kElements, left));
 }
+
+// A matrix with its rows so many bytes apart. The stride fits 32 bits, so that a row's address is one multiply-add; the
+// product has 64.
+struct MatrixView {
+    const unsigned char* data;
+    uint32_t row_bytes;
+
+    template <typename Element>
+    __device__ __forceinline__ MatrixView(const Element* base, int64_t stride)
+        : data(reinterpret_cast<const unsigned char*>(base)),
+          row_bytes(static_cast<uint32_t>(stride * static_cast<int64_t>(sizeof(Element)))) {}
+
+    __device__ __forceinline__ const unsigned char* row(int32_t index) const {
+        return data + static_cast<uint64_t>(static_cast<uint32_t>(index)) * row_bytes;
+    }
+};
+
+// The copies below issue a k-block in kParts parts, which the mainloop spreads over its steps. The first whole_blocks()
+// k-blocks can be issued with kWhole, without the instructions that find out where to write zeros.
+template <int kPasses, int kPart, int kParts>
+struct PartOfPasses {
+    static constexpr int kBegin = kPasses * kPart / kParts;
+    static constexpr int kEnd = kPasses * (kPart + 1) / kParts;
+};
 
 // Copies k-blocks of an operand whose rows hold the contraction. The rows stay the same from one k-block to the next.
 template <typename Element, int kMn, int kKBytes, int kThreads, bool kAligned>
@@ -147,84 +189,112 @@ class RowsCopy {
     // row_of(i): the row of memory for row i of the tile. Rows beyond the operand's end must be mapped to one inside:
     // their products end in output that is not stored.
     template <typename RowOf>
-    __device__ __forceinline__ RowsCopy(const Element* base, int64_t stride, int k, RowOf row_of)
-        : stride_(stride), k_left_(k - chunk() * Tile::kChunkElements) {
-        base_ = base + chunk() * Tile::kChunkElements;
+    __device__ __forceinline__ RowsCopy(MatrixView matrix, int k, RowOf row_of) : matrix_(matrix), k_left_(k) {
+        matrix_.data += Shape::chunk() * kChunkBytes;
 #pragma unroll
         for (int i = 0; i < Shape::kPasses; ++i)
-            rows_[i] = row_of(row() + i * Shape::kRowsPerPass);
+            rows_[i] = row_of(Shape::row() + i * Shape::kRowsPerPass);
     }
 
-    // Starts the copy of the next k-block.
+    // Before anything is issued.
+    __device__ __forceinline__ int whole_blocks() const { return k_left_ / Tile::kK; }
+
+    // Starts a part of the next k-block's copy.
+    template <int kPart, int kParts, bool kWhole>
     __device__ __forceinline__ void issue(uint32_t tile) {
-        const uint32_t target = tile + Tile::offset(row(), chunk());
-        const int valid = valid_elements<Tile::kChunkElements>(k_left_, 0);
+        using Part = PartOfPasses<Shape::kPasses, kPart, kParts>;
+        const uint32_t target = tile + Shape::shared_offset();
+        const int valid = valid_elements<Tile::kChunkElements>(k_left_ - Shape::chunk() * Tile::kChunkElements);
 #pragma unroll
-        for (int i = 0; i < Shape::kPasses; ++i) {
-            copy_chunk<kAligned>(target + i * Shape::kPassBytes, base_ + rows_[i] * stride_, valid);
+        for (int i = Part::kBegin; i < Part::kEnd; ++i) {
+            if constexpr (kWhole) {
+                copy_chunk<Element, kAligned>(target + i * Shape::kPassBytes, matrix_.row(rows_[i]));
+            } else {
+                copy_chunk<Element, kAligned>(target + i * Shape::kPassBytes, matrix_.row(rows_[i]), valid);
+            }
         }
-        base_ += Tile::kK;
-        k_left_ -= Tile::kK;
+        if constexpr (kPart == kParts - 1) {
+            matrix_.data += kKBytes;
+            k_left_ -= Tile::kK;
+        }
     }
 
   private:
-    __device__ __forceinline__ static int chunk() { return threadIdx.x % Tile::kChunks; }
-    __device__ __forceinline__ static int row() { return threadIdx.x / Tile::kChunks; }
-
-    const Element* base_;
-    int64_t stride_;
-    int k_left_;
+    MatrixView matrix_;
+    int k_left_;  // elements of the contraction from the next k-block on
     int32_t rows_[Shape::kPasses];
 };
 
-// Copies k-blocks of an operand whose rows run along the contraction: a k-block is the next Tile::kRows rows, found
-// through row_of (whose results are fetched one k-block ahead). Rows past the end become zero.
-template <typename Element, int kMn, int kKBytes, int kThreads, bool kAligned, typename RowOf>
+// The rows of a contraction that lie one after the other.
+struct AdjacentRows {
+    __device__ __forceinline__ int32_t fetch(int k) const { return k; }
+    __device__ __forceinline__ int32_t resolve(int32_t fetched) const { return fetched; }
+};
+
+// The rows of a contraction over grouped positions, found through a map. What is read from memory is kept apart from
+// what is computed from it, so that a k-block passes between the two.
+struct PositionRows {
+    RowMap map;
+    int32_t begin;
+
+    __device__ __forceinline__ int32_t fetch(int k) const { return map.fetch(begin + k); }
+    __device__ __forceinline__ int32_t resolve(int32_t fetched) const { return map.resolve(fetched); }
+};
+
+// Copies k-blocks of an operand whose rows run along the contraction: a k-block is the next Tile::kRows rows. Rows past
+// the end become zero.
+template <typename Element, int kMn, int kKBytes, int kThreads, bool kAligned, typename Rows>
 class DepthCopy {
     using Tile = OperandTile<Element, Major::kMn, kMn, kKBytes>;
     using Shape = CopyShape<Tile, kThreads>;
 
   public:
-    // The rows [0, depth) of the contraction, and of each the columns [column, column + kMn) of `columns`.
-    __device__ __forceinline__ DepthCopy(const Element* base, int64_t stride, int column, int columns, int depth,
-                                         RowOf row_of)
-        : stride_(stride), depth_(depth), next_(row()), row_of_(row_of) {
-        column += chunk() * Tile::kChunkElements;
-        valid_ = valid_elements<Tile::kChunkElements>(columns, column);
-        base_ = base + (valid_ > 0 ? column : 0);
-        fetch_rows();
+    // The rows [0, depth) of the contraction, at least one, and of each the columns [column, column + kMn) of
+    // `columns`.
+    __device__ __forceinline__ DepthCopy(MatrixView matrix, int column, int columns, int depth, Rows rows)
+        : matrix_(matrix), depth_(depth), next_(Shape::row()), whole_columns_(column + kMn <= columns), rows_(rows) {
+        column += Shape::chunk() * Tile::kChunkElements;
+        valid_ = valid_elements<Tile::kChunkElements>(columns - column);
+        if (valid_ > 0) matrix_.data += column * static_cast<int64_t>(sizeof(Element));
+#pragma unroll
+        for (int i = 0; i < Shape::kPasses; ++i)
+            fetch(i, next_);
     }
 
+    __device__ __forceinline__ int whole_blocks() const { return whole_columns_ ? depth_ / Tile::kRows : 0; }
+
+    template <int kPart, int kParts, bool kWhole>
     __device__ __forceinline__ void issue(uint32_t tile) {
-        const uint32_t target = tile + Tile::offset(row(), chunk());
+        using Part = PartOfPasses<Shape::kPasses, kPart, kParts>;
+        const uint32_t target = tile + Shape::shared_offset();
 #pragma unroll
-        for (int i = 0; i < Shape::kPasses; ++i) {
-            const int valid = next_ + i * Shape::kRowsPerPass < depth_ ? valid_ : 0;
-            copy_chunk<kAligned>(target + i * Shape::kPassBytes, base_ + rows_[i] * stride_, valid);
+        for (int i = Part::kBegin; i < Part::kEnd; ++i) {
+            const unsigned char* const source = matrix_.row(rows_.resolve(fetched_[i]));
+            if constexpr (kWhole) {
+                copy_chunk<Element, kAligned>(target + i * Shape::kPassBytes, source);
+            } else {
+                const int valid = next_ + i * Shape::kRowsPerPass < depth_ ? valid_ : 0;
+                copy_chunk<Element, kAligned>(target + i * Shape::kPassBytes, source, valid);
+            }
+            fetch(i, next_ + Tile::kRows);
         }
-        next_ += Tile::kRows;
-        fetch_rows();
+        if constexpr (kPart == kParts - 1) next_ += Tile::kRows;
     }
 
   private:
-    __device__ __forceinline__ static int chunk() { return threadIdx.x % Tile::kChunks; }
-    __device__ __forceinline__ static int row() { return threadIdx.x / Tile::kChunks; }
-
-    __device__ __forceinline__ void fetch_rows() {
-#pragma unroll
-        for (int i = 0; i < Shape::kPasses; ++i) {
-            const int k = next_ + i * Shape::kRowsPerPass;
-            rows_[i] = k < depth_ ? row_of_(k) : 0;
-        }
+    // Reads where a row of the k-block at `first` lies, one k-block before it is needed. Past the end, where zeros are
+    // written, any row will do.
+    __device__ __forceinline__ void fetch(int i, int first) {
+        fetched_[i] = rows_.fetch(min(first + i * Shape::kRowsPerPass, depth_ - 1));
     }
 
-    const Element* base_;
-    int64_t stride_;
+    MatrixView matrix_;
     int depth_;
-    int next_;
+    int next_;  // this thread's first row of the next k-block
     int valid_;
-    RowOf row_of_;
-    int32_t rows_[Shape::kPasses];
+    bool whole_columns_;
+    Rows rows_;
+    int32_t fetched_[Shape::kPasses];
 };
 
 }  // namespace scattermoe::kernels::sm80

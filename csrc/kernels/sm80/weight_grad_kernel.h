@@ -29,16 +29,17 @@ __global__ void __launch_bounds__(tile_shape(kTileId).threads(), tile_shape(kTil
         const int depth = p.expert_offsets[expert + 1] - begin;
         const int row = tile.m * kTile.m, column = tile.n * kTile.n;
 
-        auto left_row = [&](int k) { return p.left_rows(begin + k); };
-        auto right_row = [&](int k) { return p.right_rows(begin + k); };
-        DepthCopy<Element, kTile.m, kTile.k_bytes, kTile.threads(), kAligned, decltype(left_row)> copy_left(
-            static_cast<const Element*>(p.left), p.left_stride, row, p.m, depth, left_row);
-        DepthCopy<Element, kTile.n, kTile.k_bytes, kTile.threads(), kAligned, decltype(right_row)> copy_right(
-            static_cast<const Element*>(p.right), p.right_stride, column, p.n, depth, right_row);
         Accumulators<kTileId> sums = {};
-        Mainloop<Element, kTileId, Major::kMn, Major::kMn>::run(
-            sums, ptx::shared_address(shared), copy_left, copy_right,
-            static_cast<int>(ceil_div(depth, kTile.k_elements(sizeof(Element)))));
+        if (depth > 0) {
+            DepthCopy<Element, kTile.m, kTile.k_bytes, kTile.threads(), kAligned, PositionRows> copy_left(
+                MatrixView(static_cast<const Element*>(p.left), p.left_stride), row, p.m, depth, {p.left_rows, begin});
+            DepthCopy<Element, kTile.n, kTile.k_bytes, kTile.threads(), kAligned, PositionRows> copy_right(
+                MatrixView(static_cast<const Element*>(p.right), p.right_stride), column, p.n, depth,
+                {p.right_rows, begin});
+            Mainloop<Element, kTileId, Major::kMn, Major::kMn>::run(
+                sums, ptx::shared_address(shared), copy_left, copy_right,
+                static_cast<int>(ceil_div(depth, kTile.k_elements(sizeof(Element)))));
+        }
         const OutputTile<Element> output{static_cast<Element*>(p.out) + expert * p.out_expert_stride,
                                          p.out_stride,
                                          RowMap{},
@@ -66,12 +67,18 @@ cudaError_t launch_weight_grad(const WeightGradParams& p, cudaStream_t stream) {
 
 template <typename Element>
 cudaError_t weight_grad(const WeightGradParams& p, const GemmChoice& choice, cudaStream_t stream) {
-    if (choice.tile == TileId::kDeep) {
-        return choice.vector_copies ? launch_weight_grad<Element, TileId::kDeep, true>(p, stream)
-                                    : launch_weight_grad<Element, TileId::kDeep, false>(p, stream);
+    switch (choice.tile) {
+        case TileId::kDeep:
+            return choice.vector_copies ? launch_weight_grad<Element, TileId::kDeep, true>(p, stream)
+                                        : launch_weight_grad<Element, TileId::kDeep, false>(p, stream);
+        case TileId::kFlat:
+            return choice.vector_copies ? launch_weight_grad<Element, TileId::kFlat, true>(p, stream)
+                                        : launch_weight_grad<Element, TileId::kFlat, false>(p, stream);
+        case TileId::kWide:
+            return launch_weight_grad<Element, TileId::kWide, true>(p, stream);
+        default:
+            return cudaErrorInvalidValue;
     }
-    return choice.vector_copies ? launch_weight_grad<Element, TileId::kFlat, true>(p, stream)
-                                : launch_weight_grad<Element, TileId::kFlat, false>(p, stream);
 }
 
 }  // namespace scattermoe::kernels::sm80

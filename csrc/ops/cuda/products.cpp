@@ -15,9 +15,13 @@ at::Tensor grouped_product(const char* op, const MappedRows& rows, const at::Ten
     const at::Tensor in = with_contiguous_rows(rows.tensor);
     const int64_t n = weight.size(1), k = weight.size(2);
     // A dimension of one element is contiguous whatever its stride says.
-    const bool readable = weight.stride(2) == 1 || k <= 1 || weight.stride(1) == 1 || n <= 1;
+    const auto rows_along_k = [](const at::Tensor& t) { return t.stride(2) == 1 || t.size(2) <= 1; };
+    const auto rows_along_n = [](const at::Tensor& t) { return t.stride(1) == 1 || t.size(1) <= 1; };
+    const bool readable = rows_along_k(weight)   ? stride_fits(weight, weight.stride(1))
+                          : rows_along_n(weight) ? stride_fits(weight, weight.stride(2))
+                                                 : false;
     const at::Tensor w = readable ? weight : weight.contiguous();
-    const bool k_contiguous = w.stride(2) == 1 || k <= 1;
+    const bool k_contiguous = rows_along_k(w);
     const at::Tensor b = has_value(bias) ? bias->contiguous() : at::Tensor();
     at::Tensor out = at::empty({groups.num_slots(), n}, in.options());
 

@@ -6,6 +6,8 @@
 #include <sstream>
 #include <type_traits>
 
+#include "../../kernels/grouped_gemm.h"
+
 namespace scattermoe::cuda {
 
 kernels::DType kernel_dtype(at::ScalarType dtype) {
@@ -67,8 +69,13 @@ int32_t size_32(const char* op, const char* name, int64_t size) {
     return static_cast<int32_t>(size);
 }
 
+bool stride_fits(const at::Tensor& x, int64_t stride) {
+    return stride * static_cast<int64_t>(x.element_size()) <= kernels::kMaxRowBytes;
+}
+
 at::Tensor with_contiguous_rows(const at::Tensor& x) {
-    return x.stride(1) == 1 || x.size(1) <= 1 ? x : x.contiguous();
+    const bool adjacent = x.stride(1) == 1 || x.size(1) <= 1;
+    return adjacent && stride_fits(x, row_stride(x)) ? x : x.contiguous();
 }
 
 int64_t row_stride(const at::Tensor& x) {

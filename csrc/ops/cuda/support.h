@@ -27,8 +27,11 @@ bool resolve_allow_tf32(std::optional<bool> allow_tf32);
 // A size that kernels keep in 32 bits.
 int32_t size_32(const char* op, const char* name, int64_t size);
 
-// x itself where the elements of a row are adjacent, else a copy.
+// x itself where the elements of a row are adjacent and rows no further apart than kernels can tell, else a copy.
 at::Tensor with_contiguous_rows(const at::Tensor& x);
+
+// Whether a stride in elements of x is one that the products can step by.
+bool stride_fits(const at::Tensor& x, int64_t stride);
 
 // Elements from one row to the next; of a single row, what a contiguous one would have.
 int64_t row_stride(const at::Tensor& x);
