@@ -34,8 +34,8 @@ if(SCATTERMOE_CUDA_ENABLED)
     endif()
     # The architectures are flags of each source file: those of csrc/kernels/sm90 are not those of the others.
     set(CMAKE_CUDA_ARCHITECTURES OFF)
-    # One CUDA runtime in the process: the one PyTorch has loaded.
-    set(CMAKE_CUDA_RUNTIME_LIBRARY Shared)
+    # The runtime is linked in: PyTorch keeps its own copy where only PyTorch finds it, and both share a device's context.
+    set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
     enable_language(CUDA)
     # CMake before 3.26 does not know that nvcc has C++20.
     if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
