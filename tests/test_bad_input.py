@@ -542,6 +542,42 @@ class TestTopkGating:
         refuses(lambda: scattermoe.topk_gating(torch.randn(4, 0, device=device), 1), r"logits|\bk\b", size(0))
 
 
+class TestCorruptRouting:
+    """Indices made by hand, or overwritten: on the CPU every one is checked before it is followed."""
+
+    @staticmethod
+    def int32(*values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    @pytest.mark.parametrize("bad", [6, 99, -1, 2**31 - 1])
+    def test_slot_order(self, bad: int) -> None:
+        slot_order = self.int32(0, 1, 2, 3, 4, bad)
+        refuses(linear("cpu", slot_order=slot_order), "slot_order", size(6), str(bad))
+        refuses(mlp("cpu", slot_order=slot_order), "slot_order", size(6), str(bad))
+
+    @pytest.mark.parametrize("offsets", [(0, 2, 5, 99), (0, 4, 2, 6), (-1, 2, 5, 6), (1, 2, 5, 6)], ids=str)
+    def test_expert_offsets(self, offsets: tuple[int, ...]) -> None:
+        refuses(linear("cpu", expert_offsets=self.int32(*offsets)), "expert_offsets")
+        refuses(mlp("cpu", expert_offsets=self.int32(*offsets)), "expert_offsets")
+
+    @pytest.mark.parametrize("bad", [6, 77, -2, -(2**31)])
+    def test_slot_position(self, bad: int) -> None:
+        slot_position = routing("cpu").slot_position.clone()
+        slot_position[1, 1] = bad
+        refuses(combine("cpu", slot_position=slot_position), "slot_position", size(6), str(bad))
+        refuses(mlp("cpu", slot_position=slot_position), "slot_position", size(6), str(bad))
+
+    def test_expert_ids_of_the_gradient(self) -> None:
+        backward = torch.ops.scattermoe._topk_gating_backward
+        ids = torch.tensor([[9], [0]])
+        refuses(
+            lambda: backward(torch.ones(2, 1), torch.ones(2, 4), ids, "softmax", False, 1.0),
+            "expert_ids",
+            size(4),
+            size(9),
+        )
+
+
 class TestMeta:
     """The meta kernels apply the same rules with the same words: a model fails while it is traced, not when it runs."""
 
