@@ -27,7 +27,7 @@ import torch
 from harness import environment, shuffled_rounds, write_json
 from peers import IMPLEMENTATIONS
 from problem import TOLERANCE
-from report import print_row, summarize_rows, write_docs
+from report import merge, print_row, summarize_rows, write_docs
 from shapes import ROUTINGS, SHAPES, Shape, parse_shape
 from worker import Worker, WorkerError
 
@@ -71,8 +71,9 @@ class Benchmark:
             for shape_name, shape in self.options.shapes:
                 for routing in self.options.routing:
                     self.run_case(shape_name, shape, routing)
-                    self.measure_host_time()
+                    self.measure_host_time([name for name in self.workers if not IMPLEMENTATIONS[name].tunes])
                     self.save()
+            self.measure_host_time(list(self.workers))  # the rest tune for its shape first, which may take a while
         except OutOfTime:
             print(f"# the time budget of {self.options.time_budget:.0f} s is used up", flush=True)
         finally:
@@ -119,6 +120,7 @@ class Benchmark:
                     fail(name, error)
             return replies
 
+        clock = [time.monotonic()]
         try:
             for name, worker in usable.items():
                 if not worker.is_alive:
@@ -129,7 +131,9 @@ class Benchmark:
                         fail(name, error)
             sizes = [int(size) for size in str(shape).split(",")]
             ask_all(running(), "setup", 120, shape=sizes, routing=routing, dtype=options.dtype)
+            clock.append(time.monotonic())
             self.take_first_steps(running(), rows, shape_name)
+            clock.append(time.monotonic())
             for name, reply in ask_all(running(), "check", 120).items():
                 errors = reply["errors"]
                 rows[name]["errors"] = errors
@@ -143,6 +147,7 @@ class Benchmark:
                     rows[name].update(self.workers[name].ask("memory", self.time_left(120)))
                 except WorkerError as error:
                     fail(name, error)
+            clock.append(time.monotonic())
             pairs = [(name, mode) for name in running() for mode in MODES]
             for _, (name, mode) in shuffled_rounds(pairs, options.rounds):
                 if "reason" in rows[name]:
@@ -153,6 +158,9 @@ class Benchmark:
                 except WorkerError as error:
                     fail(name, error)
         finally:
+            clock.append(time.monotonic())
+            phases = zip(("data", "first steps", "checks", "rounds"), clock, clock[1:], strict=False)
+            print(f"# {shape_name} {routing}: {', '.join(f'{p} {b - a:.1f} s' for p, a, b in phases)}", flush=True)
             for (name, mode), values in times.items():
                 if values and "reason" not in rows[name]:
                     rows[name][f"{mode}_ms"] = statistics.median(values)
@@ -216,10 +224,11 @@ class Benchmark:
         for row in rows:
             print_row(row)
 
-    def measure_host_time(self) -> None:
-        """Host time of a call of each implementation that has been timed and not been asked yet."""
+    def measure_host_time(self, names: list[str]) -> None:
+        """Host time of a call of each of these implementations that has been timed and not been asked yet."""
         timed = {row["impl"] for row in self.rows if "train_ms" in row} - {"ceiling"}
-        for name, worker in self.workers.items():
+        for name in names:
+            worker = self.workers[name]
             if name in timed and worker.is_alive and "host_train_us" not in self.facts[name]:
                 try:
                     reply = worker.ask("host", self.time_left(60), calls=20)
@@ -232,6 +241,7 @@ class Benchmark:
         """Everything measured so far."""
         return {
             "environment": self.environment,
+            "note": self.options.note,
             "rounds": self.options.rounds,
             "steps": self.options.steps,
             "implementations": self.facts,
@@ -272,7 +282,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     parser.add_argument("--docs", type=Path, metavar="DIR", help="also write benchmarks.md and its plots there")
-    parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing; take results from there")
+    parser.add_argument(
+        "--from-json", nargs="+", type=Path, metavar="FILE",
+        help="measure nothing; take results from there, those of a case from the first file that has it",
+    )  # fmt: skip
+    parser.add_argument("--note", default="", metavar="TEXT", help="a sentence to go with the results")
     parser.add_argument(
         "--keep-logs", action="store_true", help="keep what implementations print, in the temporary folder"
     )
@@ -287,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs what the command line asks for; returns the exit code."""
     options = parse_arguments(arguments)
     if options.from_json:
-        result = json.loads(options.from_json.read_text())
+        result = merge([json.loads(path.read_text()) for path in options.from_json])
     else:
         if options.device == "cuda" and not torch.cuda.is_available():
             print(

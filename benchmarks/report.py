@@ -47,6 +47,32 @@ def print_row(row: dict) -> None:
     print(f"{head} {' | '.join(cells)}", flush=True)
 
 
+def merge(runs: list[dict]) -> dict:
+    """The results of several runs on one kind of machine as those of one.
+
+    A case (shape and routing) comes whole from the first run that has it, so that speeds are compared within a run. Of
+    cold starts the longest counts, because files that earlier runs cached shorten it.
+    """
+    merged = {**runs[0], "rows": [], "implementations": {}}
+    merged["environment"] = dict(runs[0]["environment"])
+    merged["environment"]["command"] = "\n".join(run["environment"]["command"] for run in runs)
+    merged["note"] = " ".join(filter(None, (run.get("note") for run in runs)))
+    for run in runs:
+        known = {(row["shape"], row["routing"]) for row in merged["rows"]}
+        merged["rows"] += [row for row in run["rows"] if (row["shape"], row["routing"]) not in known]
+        for name, facts in run["implementations"].items():
+            mine = merged["implementations"].setdefault(name, {})
+            if facts.get("cold_start_s", 0) > mine.get("cold_start_s", 0):
+                mine.update(cold_start_s=facts["cold_start_s"], cold_start_shape=facts["cold_start_shape"])
+            for key, value in facts.items():
+                if mine.get(key) is None:
+                    mine[key] = value
+    for facts in merged["implementations"].values():
+        if "version" in facts:
+            facts.pop("reason", None)
+    return merged
+
+
 class Results:
     """Looks rows up by shape, routing and implementation."""
 
@@ -137,7 +163,7 @@ def start_table(results: Results) -> str:
                 [
                     name,
                     facts.get("version", ""),
-                    cell(facts.get("cold_start_s"), ".1f"),
+                    cell(facts.get("cold_start_s"), ".2f"),
                     facts.get("cold_start_shape", ""),
                     cell(facts.get("host_train_us"), ".0f"),
                     cell(facts.get("host_inference_us"), ".0f"),
@@ -246,7 +272,7 @@ Geometric mean over shapes (smallest to largest).
 
 Cold start: from the import of the package in a process that has PyTorch and a CUDA context to the end of the first step, on
 the first shape of the run; files that an implementation cached in earlier runs shorten it. Host time: of one step so small that the
-GPU waits for the host.
+GPU waits for the host. {result.get("note", "")}
 
 {start_table(results)}
 

@@ -46,7 +46,7 @@ SHAPES = {
 }
 
 # So small that the GPU is done before the next call arrives: what is left is the host's share of a call.
-HOST_SHAPE = Shape(16, 128, 128, 8, 2)
+HOST_SHAPE = Shape(128, 128, 128, 8, 2)
 
 ROUTINGS = ("balanced", "zipf", "empty")
 
