@@ -89,6 +89,11 @@ class Results:
         """A number, or None where there is none."""
         return self.rows.get((shape, routing, impl), {}).get(key)
 
+    def measured(self, key: str, routing: str | None = None) -> list[str]:
+        """Implementations that have a number somewhere."""
+        rows = [row for row in self.result["rows"] if routing in (None, row["routing"])]
+        return [name for name in self.impls if any(row["impl"] == name and key in row for row in rows)]
+
     def ratios(self, mode: str, impl: str, other: str, routing: str = "balanced") -> list[float]:
         """Speed of one over that of another, for each shape that both have; "best peer" is the fastest one of each shape."""
         key, found = f"{mode}_tflops", []
@@ -126,8 +131,8 @@ def speed_table(results: Results, mode: str, routing: str) -> str:
 
 def memory_table(results: Results, key: str) -> str:
     """MiB by shape and implementation, balanced routing."""
-    impls = [name for name in results.impls if name != "ceiling"]
     routing = results.routings[0]
+    impls = results.measured(key, routing)
     rows = [
         [shape, *(cell(results.get(shape, routing, name, key), ",.0f") for name in impls)]
         for shape in results.shapes
@@ -139,7 +144,8 @@ def memory_table(results: Results, key: str) -> str:
 def routing_table(results: Results) -> str:
     """Speed under other routings over the speed of the same implementation under the balanced one."""
     others = [name for name in results.routings if name != "balanced"]
-    impls = [name for name in results.impls if name != "ceiling"]
+    impls = [name for name in results.impls if any(name in results.measured("train_tflops", one) for one in others)]
+    impls = [name for name in impls if name != "ceiling"]
     rows = []
     for shape in results.shapes:
         for routing in others:
@@ -189,21 +195,19 @@ def missing(results: Results) -> str:
 
 def summary(results: Results) -> str:
     """Geometric means of the ratios that matter."""
+    titles = {"train": "forward and backward", "inference": "forward only"}
+    columns = [(impl, mode) for impl in OURS if impl in results.impls for mode in MODES]
     rows = []
-    for impl in (name for name in OURS if name in results.impls):
-        for other in ("ceiling", "best peer", *PEERS):
-            cells = []
-            for mode in MODES:
-                ratios = results.ratios(mode, impl, other)
-                text = (
-                    f"{statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-                    if ratios
-                    else ""
-                )
-                cells.append(text)
-            if any(cells):
-                rows.append([f"{impl} over {other}", str(len(ratios)), *cells])
-    return markdown_table(["speed, balanced routing", "shapes", "forward and backward", "forward only"], rows)
+    for other in ("ceiling", "best peer", *PEERS):
+        cells, count = [], 0
+        for impl, mode in columns:
+            ratios = results.ratios(mode, impl, other)
+            count = max(count, len(ratios))
+            mean = f"{statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
+            cells.append(mean)
+        if count:
+            rows.append([f"over {other}", str(count), *cells])
+    return markdown_table(["speed", "shapes", *(f"{impl}, {titles[mode]}" for impl, mode in columns)], rows)
 
 
 def page(result: dict) -> str:
@@ -216,7 +220,8 @@ def page(result: dict) -> str:
     tables = []
     for routing in results.routings:
         for mode, title in (("train", "Forward and backward"), ("inference", "Forward only, inference mode")):
-            tables.append(f"### {title}, {routing} routing\n\n{speed_table(results, mode, routing)}\n")
+            if len(results.measured(f"{mode}_tflops", routing)) > 1:
+                tables.append(f"### {title}, {routing} routing\n\n{speed_table(results, mode, routing)}\n")
     skew = ""
     if len(results.routings) > 1 and "balanced" in results.routings:
         skew = f"""## Uneven routing
