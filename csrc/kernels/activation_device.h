@@ -11,29 +11,6 @@
 
 namespace scattermoe::kernels {
 
-// Calls f(std::integral_constant<Activation, ...>{}). The branch is the same for every thread of the grid.
-template <typename F>
-__device__ __forceinline__ void dispatch_activation_device(Activation activation, F&& f) {
-    switch (activation) {
-#define SCATTERMOE_CASE(NAME)                                      \
-    case Activation::NAME:                                         \
-        f(std::integral_constant<Activation, Activation::NAME>{}); \
-        break
-        SCATTERMOE_CASE(kSwiglu);
-        SCATTERMOE_CASE(kGeglu);
-        SCATTERMOE_CASE(kGegluTanh);
-        SCATTERMOE_CASE(kReglu);
-        SCATTERMOE_CASE(kSwigluClamped);
-        SCATTERMOE_CASE(kSilu);
-        SCATTERMOE_CASE(kGelu);
-        SCATTERMOE_CASE(kGeluTanh);
-        SCATTERMOE_CASE(kRelu);
-        SCATTERMOE_CASE(kRelu2);
-        SCATTERMOE_CASE(kIdentity);
-#undef SCATTERMOE_CASE
-    }
-}
-
 // kSize gate and kSize up pre-activations of one row (the gate alone where the activation is plain).
 template <typename T, int kSize>
 struct GluVectors {
@@ -90,7 +67,7 @@ __device__ __forceinline__ Vector<T, kSize> activate(const GluVectors<T, kSize>&
     using Compute = ComputeType<T>;
     const Compute alpha = static_cast<Compute>(params.alpha), limit = static_cast<Compute>(params.limit);
     Vector<T, kSize> hidden;
-    dispatch_activation_device(params.activation, [&](auto activation) {
+    dispatch_activation(params.activation, [&](auto activation) {
         constexpr Activation kActivation = decltype(activation)::value;
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
@@ -121,7 +98,7 @@ __device__ __forceinline__ ActivationGradient<T, kSize> activate_backward(const 
     const Compute alpha = static_cast<Compute>(params.alpha), limit = static_cast<Compute>(params.limit);
     ActivationGradient<T, kSize> result;
     result.dot = 0;
-    dispatch_activation_device(params.activation, [&](auto activation) {
+    dispatch_activation(params.activation, [&](auto activation) {
         constexpr Activation kActivation = decltype(activation)::value;
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {

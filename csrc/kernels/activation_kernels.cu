@@ -89,18 +89,13 @@ __global__ void __launch_bounds__(kRowBlockThreads)
     if (lane == 0) static_cast<Compute*>(p.grad_gates)[slot] = dot;
 }
 
-template <typename T>
-bool width_aligned(int64_t width) {
-    return width * static_cast<int64_t>(sizeof(T)) % kVectorBytes == 0;
-}
-
 }  // namespace
 
 cudaError_t activation_forward(const ActivationForwardParams& p, cudaStream_t stream) {
     if (p.rows == 0 || p.width == 0) return cudaSuccess;
     return dispatch_dtype(p.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        const bool aligned = width_aligned<T>(p.width) && is_vector_aligned(p.z) && is_vector_aligned(p.hidden);
+        const bool aligned = rows_aligned<T>(p.width) && is_vector_aligned(p.z) && is_vector_aligned(p.hidden);
         return dispatch_bool(aligned, [&](auto vectors) {
             const dim3 block = row_block(ceil_div(p.width, kVectorSize<T, vectors.value>));
             const auto grid = static_cast<unsigned>(ceil_div(p.rows, block.y));
@@ -114,7 +109,7 @@ cudaError_t activation_backward(const ActivationBackwardParams& p, cudaStream_t 
     if (p.num_slots == 0) return cudaSuccess;
     return dispatch_dtype(p.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        const bool aligned = width_aligned<T>(p.width) && is_vector_aligned(p.z) && is_vector_aligned(p.grad_hidden) &&
+        const bool aligned = rows_aligned<T>(p.width) && is_vector_aligned(p.z) && is_vector_aligned(p.grad_hidden) &&
                              is_vector_aligned(p.grad_z) && is_vector_aligned(p.gated_hidden);
         return dispatch_bool(aligned, [&](auto vectors) {
             const dim3 block(kWarpSize, kRowBlockThreads / kWarpSize);

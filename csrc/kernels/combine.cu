@@ -108,11 +108,6 @@ __global__ void __launch_bounds__(kRowBlockThreads)
     if (lane == 0) static_cast<Compute*>(p.grad_gates)[slot] = dot;
 }
 
-template <typename T>
-bool rows_aligned(int64_t hidden) {
-    return hidden * static_cast<int64_t>(sizeof(T)) % kVectorBytes == 0;
-}
-
 }  // namespace
 
 cudaError_t combine(const CombineParams& p, cudaStream_t stream) {

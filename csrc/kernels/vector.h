@@ -82,6 +82,12 @@ __device__ __forceinline__ T warp_sum(T value) {
     return value;
 }
 
+// Whether every row of a contiguous matrix starts at a multiple of a vector, its first one being aligned.
+template <typename T>
+bool rows_aligned(int64_t columns) {
+    return columns * static_cast<int64_t>(sizeof(T)) % kVectorBytes == 0;
+}
+
 // A block of 256 threads that covers `vectors` columns of as many rows as fit: x walks a row, y the rows.
 inline constexpr int kRowBlockThreads = 256;
 

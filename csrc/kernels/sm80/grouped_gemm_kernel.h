@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../device.h"
 #include "../grouped_gemm.h"
 #include "../select.h"
 #include "../tile_scheduler.h"
@@ -71,8 +72,10 @@ template <typename Element, TileId kTileId, Major kWeightMajor, bool kAligned>
 cudaError_t launch_grouped_gemm(const GroupedGemmParams& p, cudaStream_t stream) {
     constexpr GemmTile kTile = tile_shape(kTileId);
     const auto kernel = grouped_gemm_kernel<Element, kTileId, kWeightMajor, kAligned>;
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kTile.shared_bytes());
+    static OncePerDevice shared_memory_allowed;
+    const cudaError_t error = shared_memory_allowed.run([&] {
+        return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kTile.shared_bytes());
+    });
     if (error != cudaSuccess) return error;
     const int64_t blocks = max_row_tiles(p.num_slots, p.num_experts, kTile.m) * ceil_div(p.n, kTile.n);
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../device.h"
 #include "../grouped_gemm.h"
 #include "../select.h"
 #include "../tile_scheduler.h"
@@ -56,8 +57,10 @@ template <typename Element, TileId kTileId, bool kAligned>
 cudaError_t launch_weight_grad(const WeightGradParams& p, cudaStream_t stream) {
     constexpr GemmTile kTile = tile_shape(kTileId);
     const auto kernel = weight_grad_kernel<Element, kTileId, kAligned>;
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kTile.shared_bytes());
+    static OncePerDevice shared_memory_allowed;
+    const cudaError_t error = shared_memory_allowed.run([&] {
+        return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kTile.shared_bytes());
+    });
     if (error != cudaSuccess) return error;
     const int64_t blocks = p.num_experts * ceil_div(p.m, kTile.m) * ceil_div(p.n, kTile.n);
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
