@@ -1,9 +1,12 @@
 """Numerical derivatives in float64: first ones of everything, second ones where they exist."""
 
+import itertools
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import scattermoe
@@ -74,6 +77,60 @@ def test_combine_second_derivative_of_some(device: str, frozen: str) -> None:
     inputs = {"rows": leaf((8, 3), 1, device), "gates": leaf((4, 2), 2, device)}
     inputs[frozen].requires_grad_(False)
     assert gradgradcheck(lambda r, g: scattermoe.combine(r, g, indices).tanh(), tuple(inputs.values()))
+
+
+def second_derivatives(f: Callable[..., Tensor], inputs: list[Tensor], wanted: list[int], seed: int) -> list[Tensor]:
+    """Derivatives of a sum over all first derivatives, for the inputs and for the gradient that arrives."""
+    leaves = [t.detach().clone().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
+    y = f(*leaves)
+    arriving = make(tuple(y.shape), torch.float64, seed).to(y.device).requires_grad_()
+    sources = [leaves[i] for i in wanted]
+    first = torch.autograd.grad(y, sources, arriving, create_graph=True)
+    total = sum((g * make(tuple(g.shape), torch.float64, seed + 1 + n).to(g.device)).sum() for n, g in enumerate(first))
+    found = torch.autograd.grad(total, [*sources, arriving], allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip([*sources, arriving], found, strict=True)]
+
+
+# gradgradcheck differentiates one first derivative at a time; here all of them arrive together.
+@pytest.mark.parametrize("wanted", [w for n in (1, 2, 3) for w in itertools.combinations(range(3), n)], ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("grouped_out", [False, True])
+def test_parallel_linear_second_derivatives_at_once(
+    device: str, wanted: tuple[int, ...], rows: str, grouped_out: bool
+) -> None:
+    ids = make_ids(4, 2, 3, "sentinels", 0)
+    indices = scattermoe.route(ids.to(device), 3)
+    shapes = ((4 if rows == "token" else 8, 3), (3, 2, 3), (3, 2))
+    inputs = [make(s, torch.float64, n) for n, s in enumerate(shapes)]
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return scattermoe.parallel_linear(
+            x, weight, indices, bias=bias, grouped_in=rows == "grouped", grouped_out=grouped_out
+        )
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return reference.parallel_linear(x, weight, bias, ids, rows, grouped_out)
+
+    found = second_derivatives(ours, [t.to(device) for t in inputs], list(wanted), 10)
+    for a, b in zip(found, second_derivatives(plain, inputs, list(wanted), 10), strict=True):
+        torch.testing.assert_close(a.cpu(), b)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_combine_second_derivatives_at_once(device: str, wanted: tuple[int, ...], grouped: bool) -> None:
+    ids = make_ids(4, 2, 3, "sentinels", 0)
+    indices = scattermoe.route(ids.to(device), 3)
+    inputs = [make(s, torch.float64, n) for n, s in enumerate(((8, 3), (4, 2)))]
+    found = second_derivatives(
+        lambda r, g: scattermoe.combine(r, g, indices, grouped=grouped),
+        [t.to(device) for t in inputs],
+        list(wanted),
+        10,
+    )
+    plain = second_derivatives(lambda r, g: reference.combine(r, g, ids, 3, grouped), inputs, list(wanted), 10)
+    for a, b in zip(found, plain, strict=True):
+        torch.testing.assert_close(a.cpu(), b)
 
 
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)

@@ -1,5 +1,6 @@
 """What the operators allocate: no copy of the weights, no padded groups, nothing of size T x E x H."""
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -30,6 +31,14 @@ def peak(work: Callable[[], object], device: str) -> int:
             held += event.nbytes()
             most = max(most, held)
     return most
+
+
+def memory_comes_back_to(before: int) -> bool:
+    """Whether the GPU's allocated memory falls to `before`; autograd's thread lets go of the last graph a moment later."""
+    deadline = time.monotonic() + 5
+    while torch.cuda.memory_allocated() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return torch.cuda.memory_allocated() <= before
 
 
 def tensors(device: str, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], scattermoe.Routing]:
@@ -132,7 +141,7 @@ def test_nothing_is_kept_between_calls(device: str) -> None:
         before = torch.cuda.memory_allocated()
         for _ in range(5):
             step()
-        assert torch.cuda.memory_allocated() == before
+        assert memory_comes_back_to(before)
         return
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         for _ in range(5):

@@ -9,6 +9,10 @@ The floor is for short rows: one number that cancelled to nearly nothing has no 
 its neighbours say what it is made of; the norm of a row of many numbers cannot be that far from typical by chance. A row
 that is exactly zero in the reference (a sentinel's, an empty expert's) must be exactly zero.
 
+Where a row misses the bound all the same, the reference says how much the row depends on its inputs: the largest change over
+a few random relative changes of every input element, divided by their size, takes the place of ||ref|| if it is larger. A
+row that is one number (one expert, one output feature, the same token repeated) can cancel without any neighbour to tell.
+
 Bound. Let u be the unit roundoff of a dtype (half its eps). A sum of L random terms of size a, added one by one in a format
 of roundoff v, has partial sums of size a sqrt(i), each rounded: errors add up to about v a sqrt(sum i) = v a L / sqrt(2),
 which is v sqrt(L / 2) of the sum's own size a sqrt(L). Every rounding to the tensor's dtype on the way (a stored
@@ -68,11 +72,10 @@ def rms_norm(rows: Tensor) -> float:
     return float(nonzero.square().mean().sqrt()) if nonzero.numel() else 0.0
 
 
-def row_error(actual: Tensor, reference: Tensor, smallest: float = 0.0, exact_zeros: bool = True) -> float:
+def row_error(actual: Tensor, reference: Tensor, scale: Tensor | None = None, exact_zeros: bool = True) -> float:
     """The measure above; infinite where one has NaN or infinity and the other has not, or misses an exact zero row.
 
-    `smallest` is a further floor, for rows that are single numbers or differences of much larger ones; the latter have no
-    `exact_zeros`.
+    `scale`, shaped like `reference`, is the size that results of this kind have before anything cancels.
     """
     info = torch.finfo(actual.dtype)
     underflow = info.tiny * info.eps / 2
@@ -91,8 +94,10 @@ def row_error(actual: Tensor, reference: Tensor, smallest: float = 0.0, exact_ze
     error = ((actual - reference).abs() - underflow).clamp_min(0.0).norm(dim=1)
     if exact_zeros and bool((actual[norms == 0] != 0).any()):
         return math.inf
-    floor = max(min(max(width**-0.5, FLOOR), 1.0) * rms_norm(reference), smallest)
-    return float((error / norms.clamp_min(floor)).max()) if floor > 0 else 0.0
+    size = norms.clamp_min(max(width**-0.5, FLOOR) * rms_norm(reference))
+    if scale is not None:
+        size = torch.maximum(size, scale.reshape(-1, width).norm(dim=1))
+    return float((error / size).where(error > 0, 0.0).max())
 
 
 def assert_close(
@@ -102,13 +107,13 @@ def assert_close(
     length: int,
     roundings: int,
     dtype: torch.dtype | None = None,
-    smallest: float = 0.0,
+    scale: Tensor | None = None,
 ) -> None:
     """Fails with the measured error and the bound when `actual` is too far from `reference`.
 
-    `dtype` is the coarsest dtype on the way when it is not that of `actual`; `smallest` as in `row_error`.
+    `dtype` is the coarsest dtype on the way when it is not that of `actual`; `scale` as in `row_error`.
     """
     dtype = actual.dtype if dtype is None else dtype
     limit = bound(dtype, length, roundings)
-    error = row_error(actual, reference, smallest)
+    error = row_error(actual, reference, scale)
     assert error <= limit, f"{name}: per-row relative error {error:.3g} is above {limit:.3g} ({dtype}, length {length})"
