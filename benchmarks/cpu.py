@@ -18,6 +18,7 @@ matrix library, whoever allocates it.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -270,6 +271,7 @@ def main() -> None:
         return
 
     where = environment(["transformers", "scattermoe"])
+    where["load average at start"] = round(os.getloadavg()[0], 2)  # other work slows threads that wait for each other
     cases = []
     for dtype in options.dtypes:
         for layer in options.layers:
