@@ -112,6 +112,15 @@ SCATTERMOE_HOST_DEVICE double exp(double x) {
     return ::exp(x);
 }
 
+template <typename T>
+SCATTERMOE_HOST_DEVICE T reciprocal(T x) {
+#if defined(__CUDA_ARCH__)
+    // Within two ulp, and a tenth of the instructions of IEEE division.
+    if constexpr (std::is_same_v<T, float>) return __fdividef(1.0f, x);
+#endif
+    return T(1) / x;
+}
+
 // sigmoid(x) and 1 - sigmoid(x), each to full precision: subtracting would lose the second where the first is close to
 // one.
 template <typename T>
@@ -123,13 +132,13 @@ struct Sigmoid {
 template <typename T>
 SCATTERMOE_HOST_DEVICE Sigmoid<T> sigmoid_and_complement(T x) {
     const T e = activation_math::exp(-x);
-    const T s = T(1) / (T(1) + e);
+    const T s = reciprocal(T(1) + e);
     return {s, x < T(0) ? T(1) - s : e * s};
 }
 
 template <typename T>
 SCATTERMOE_HOST_DEVICE T sigmoid(T x) {
-    return T(1) / (T(1) + activation_math::exp(-x));
+    return reciprocal(T(1) + activation_math::exp(-x));
 }
 
 // f(x) and f'(x) of one nonlinearity.

@@ -6,6 +6,9 @@
 #include "select.h"
 #include "simt/instances.h"
 #include "sm80/instances.h"
+#if defined(SCATTERMOE_SM90)
+#include "sm90/sm90.h"
+#endif
 
 namespace scattermoe::kernels {
 
@@ -20,11 +23,22 @@ bool stride_fits(int64_t stride, DType dtype) {
     return stride * size_of(dtype) <= kMaxRowBytes;
 }
 
+// Whether the Hopper kernels are there and take these operands.
+template <typename Params>
+bool hopper_can_run([[maybe_unused]] const Params& p, [[maybe_unused]] int arch) {
+#if defined(SCATTERMOE_SM90)
+    return arch == 90 && sm90::is_enabled() && sm90::can_run(p);
+#else
+    return false;
+#endif
+}
+
 template <typename Params>
 cudaError_t choose(const Params& p, bool aligned, bool weight_gradient, GemmChoice& choice) {
     int arch = 0;
     const cudaError_t error = code_architecture(arch);
-    choice = select_gemm({p.dtype, p.allow_tf32, arch, aligned, p.num_slots, p.num_experts, weight_gradient, p.n});
+    choice = select_gemm({p.dtype, p.allow_tf32, arch, aligned, p.num_slots, p.num_experts, weight_gradient, p.n,
+                          hopper_can_run(p, arch)});
     return error;
 }
 
@@ -41,6 +55,9 @@ cudaError_t grouped_gemm(const GroupedGemmParams& p, cudaStream_t stream) {
     GemmChoice choice;
     const cudaError_t error = choose(p, aligned, false, choice);
     if (error != cudaSuccess) return error;
+#if defined(SCATTERMOE_SM90)
+    if (choice.engine == GemmEngine::kHopper) return sm90::grouped_gemm(p, stream);
+#endif
     if (choice.engine == GemmEngine::kSimt) {
         return p.dtype == DType::kFloat64 ? simt::grouped_gemm_fp64(p, stream) : simt::grouped_gemm_fp32(p, stream);
     }
@@ -62,6 +79,9 @@ cudaError_t weight_grad(const WeightGradParams& p, cudaStream_t stream) {
     GemmChoice choice;
     const cudaError_t error = choose(p, aligned, true, choice);
     if (error != cudaSuccess) return error;
+#if defined(SCATTERMOE_SM90)
+    if (choice.engine == GemmEngine::kHopper) return sm90::weight_grad(p, stream);
+#endif
     if (choice.engine == GemmEngine::kSimt) {
         return p.dtype == DType::kFloat64 ? simt::weight_grad_fp64(p, stream) : simt::weight_grad_fp32(p, stream);
     }

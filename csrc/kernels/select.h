@@ -12,6 +12,7 @@ namespace scattermoe::kernels {
 enum class GemmEngine : int {
     kSimt,        // fused multiply-add, IEEE float32 or float64
     kTensorCore,  // mma.sync: bfloat16, float16, TF32
+    kHopper,      // wgmma and TMA: bfloat16, float16 on 9.0; its tiles are in sm90/select.h
 };
 
 // Which dimension of an operand is contiguous in memory: the contraction, or the other one (m of A, n of B).
@@ -107,6 +108,7 @@ struct GemmQuery {
     int64_t num_experts;
     bool weight_gradient;    // the contraction runs over the rows
     int64_t columns = 4096;  // of the output (of one expert's, for a weight gradient)
+    bool hopper = false;     // the kernels of sm90/ are there and take the operands
 };
 
 // Whether tiles of 256 columns compute hardly more padding than tiles of 128.
@@ -138,6 +140,9 @@ constexpr GemmChoice select_gemm(const GemmQuery& query) {
     if (!query.weight_gradient && query.rows <= kSlimRows * query.num_experts) {
         return {GemmEngine::kTensorCore, large ? TileId::kDeepSlim : TileId::kFlatSlim, true,
                 "mma.sync, 32-row tile: few rows for each expert, bound by the weights' memory traffic"};
+    }
+    if (query.hopper) {
+        return {GemmEngine::kHopper, TileId::kWide, true, "wgmma, rows and weights by TMA, gathered rows by cp.async"};
     }
     if (!large) {
         return {GemmEngine::kTensorCore, TileId::kFlat, true,

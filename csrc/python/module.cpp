@@ -8,6 +8,7 @@
 #include <string>
 
 #include "kernels/select.h"
+#include "kernels/sm90/select.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -45,6 +46,8 @@ const char* engine_name(kernels::GemmEngine engine) {
             return "fma";
         case kernels::GemmEngine::kTensorCore:
             return "mma.sync";
+        case kernels::GemmEngine::kHopper:
+            return "wgmma";
     }
     return "unknown";
 }
@@ -63,8 +66,21 @@ py::dict explain(const std::string& dtype, int64_t rows, int64_t num_experts, st
                             "alone with all threads where the others would wait for them");
     }
     if (*arch < 80) throw py::value_error("expected arch >= 80, got " + std::to_string(*arch));
-    const kernels::GemmChoice choice =
-        kernels::select_gemm({type, allow_tf32, *arch, aligned, rows, num_experts, weight_gradient});
+    const bool hopper = *arch == 90 && aligned && kernels::size_of(type) == 2;
+    kernels::GemmQuery query{type, allow_tf32, *arch, aligned, rows, num_experts, weight_gradient};
+    query.hopper = hopper;
+    const kernels::GemmChoice choice = kernels::select_gemm(query);
+    if (choice.engine == kernels::GemmEngine::kHopper) {
+        namespace sm90 = kernels::sm90;
+        const sm90::TileChoice tile = weight_gradient
+                                          ? sm90::select_weight_grad_tile(query.columns, sm90::GatheredSide::kNeither)
+                                          : sm90::select_store_tile(query.columns, query.columns, /*gathered=*/false,
+                                                                    /*weight_k_contiguous=*/true);
+        const sm90::TileShape shape = sm90::tile_shape(tile.tile);
+        return py::dict("engine"_a = engine_name(choice.engine),
+                        "tile"_a = py::make_tuple(shape.m, shape.n, sm90::kStageK),
+                        "stages"_a = sm90::stage_count(tile.tile), "why"_a = tile.why);
+    }
     const kernels::GemmTile tile = kernels::tile_shape(choice.tile);
     return py::dict("engine"_a = engine_name(choice.engine),
                     "tile"_a = py::make_tuple(tile.m, tile.n, tile.k_elements(kernels::size_of(type))),

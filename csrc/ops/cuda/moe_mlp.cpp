@@ -15,36 +15,23 @@ struct Forward {
     at::Tensor z;  // pre-activations, grouped
 };
 
-at::Tensor activate(const char* op, const at::Tensor& z, int64_t width, const ActivationParams& activation) {
-    at::Tensor hidden = at::empty({z.size(0), width}, z.options());
-    kernels::ActivationForwardParams p;
-    p.dtype = cuda::kernel_dtype(z.scalar_type());
-    p.activation = activation;
-    p.z = z.const_data_ptr();
-    p.hidden = hidden.mutable_data_ptr();
-    p.rows = z.size(0);
-    p.width = width;
-    cuda::check_launch(op, kernels::activation_forward(p, cuda::current_stream()), {{"z", z}});
-    return hidden;
-}
-
 Forward forward(const char* op, const at::Tensor& x, const at::Tensor& w_up, const std::optional<at::Tensor>& b_up,
                 const at::Tensor& w_down, const std::optional<at::Tensor>& b_down, const at::Tensor& gates,
                 const at::Tensor& slot_order, const at::Tensor& slot_position, const at::Tensor& expert_offsets,
-                const ActivationParams& activation, std::optional<bool> allow_tf32_) {
+                const ActivationParams& activation, std::optional<bool> allow_tf32_, bool want_z) {
     const c10::cuda::CUDAGuard guard(x.device());
     const cuda::Groups groups(slot_order, expert_offsets);
     const int64_t top_k = slot_position.size(1);
     const bool allow_tf32 = cuda::resolve_allow_tf32(allow_tf32_);
-    const at::Tensor z =
-        cuda::grouped_product(op, {x, groups.by_token(top_k)}, w_up, b_up, groups.grouped(), groups, allow_tf32);
-    at::Tensor hidden = activate(op, z, w_down.size(2), activation);
+    cuda::UpProjection up = cuda::up_projection(op, {x, groups.by_token(top_k)}, w_up, b_up, w_down.size(2), activation,
+                                                groups, allow_tf32, want_z);
+    if (!want_z) up.z.reset();
     const at::Tensor rows =
-        cuda::grouped_product(op, {hidden, groups.grouped()}, w_down, b_down, groups.grouped(), groups, allow_tf32);
-    hidden.reset();
+        cuda::grouped_product(op, {up.hidden, groups.grouped()}, w_down, b_down, groups.grouped(), groups, allow_tf32);
+    up.hidden.reset();
     const at::Tensor y = cuda::combine_rows(op, rows, cuda::compute_gates(gates, x.scalar_type()), slot_position, top_k,
                                             /*grouped=*/true);
-    return {y, z};
+    return {y, up.z};
 }
 
 at::Tensor moe_mlp_cuda(const at::Tensor& x, const at::Tensor& w_up, const std::optional<at::Tensor>& b_up,
@@ -55,7 +42,8 @@ at::Tensor moe_mlp_cuda(const at::Tensor& x, const at::Tensor& w_up, const std::
     check_moe_mlp(x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets, activation,
                   glu_layout);
     return forward("moe_mlp", x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets,
-                   parse_activation_params("moe_mlp", activation, glu_layout, alpha, limit), allow_tf32)
+                   parse_activation_params("moe_mlp", activation, glu_layout, alpha, limit), allow_tf32,
+                   /*want_z=*/false)
         .y;
 }
 
@@ -68,7 +56,8 @@ std::tuple<at::Tensor, at::Tensor> moe_mlp_forward_cuda(
                   glu_layout);
     Forward result =
         forward("_moe_mlp_forward", x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets,
-                parse_activation_params("_moe_mlp_forward", activation, glu_layout, alpha, limit), allow_tf32);
+                parse_activation_params("_moe_mlp_forward", activation, glu_layout, alpha, limit), allow_tf32,
+                /*want_z=*/true);
     return {result.y, result.z};
 }
 

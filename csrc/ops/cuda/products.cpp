@@ -2,6 +2,7 @@
 
 #include "../../kernels/bias_grad.h"
 #include "../../kernels/combine.h"
+#include "../../kernels/up_projection.h"
 
 namespace scattermoe::cuda {
 
@@ -9,10 +10,18 @@ kernels::RowMap Groups::by_token(int64_t top_k) const {
     return {slot_order.const_data_ptr<int32_t>(), kernels::FastDivider(static_cast<int32_t>(top_k))};
 }
 
-at::Tensor grouped_product(const char* op, const MappedRows& rows, const at::Tensor& weight,
-                           const std::optional<at::Tensor>& bias, const kernels::RowMap& out_map, const Groups& groups,
-                           bool allow_tf32) {
-    const at::Tensor in = with_contiguous_rows(rows.tensor);
+namespace {
+
+// A product's parameters but for its output, and the tensors that they point into.
+struct Product {
+    at::Tensor in;
+    at::Tensor weight;
+    at::Tensor bias;
+    kernels::GroupedGemmParams params;
+};
+
+Product make_product(const char* op, const MappedRows& rows, const at::Tensor& weight,
+                     const std::optional<at::Tensor>& bias, const Groups& groups, bool allow_tf32) {
     const int64_t n = weight.size(1), k = weight.size(2);
     // A dimension of one element is contiguous whatever its stride says.
     const auto rows_along_k = [](const at::Tensor& t) { return t.stride(2) == 1 || t.size(2) <= 1; };
@@ -20,32 +29,60 @@ at::Tensor grouped_product(const char* op, const MappedRows& rows, const at::Ten
     const bool readable = rows_along_k(weight)   ? stride_fits(weight, weight.stride(1))
                           : rows_along_n(weight) ? stride_fits(weight, weight.stride(2))
                                                  : false;
-    const at::Tensor w = readable ? weight : weight.contiguous();
+    Product product;
+    product.in = with_contiguous_rows(rows.tensor);
+    product.weight = readable ? weight : weight.contiguous();
+    if (has_value(bias)) product.bias = bias->contiguous();
+    const at::Tensor& w = product.weight;
     const bool k_contiguous = rows_along_k(w);
-    const at::Tensor b = has_value(bias) ? bias->contiguous() : at::Tensor();
-    at::Tensor out = at::empty({groups.num_slots(), n}, in.options());
-
-    kernels::GroupedGemmParams p;
-    p.dtype = kernel_dtype(in.scalar_type());
+    kernels::GroupedGemmParams& p = product.params;
+    p.dtype = kernel_dtype(product.in.scalar_type());
     p.allow_tf32 = allow_tf32;
-    p.in = in.const_data_ptr();
-    p.in_stride = row_stride(in);
+    p.in = product.in.const_data_ptr();
+    p.in_stride = row_stride(product.in);
     p.in_rows = rows.map;
     p.weight = w.const_data_ptr();
     p.weight_expert_stride = w.stride(0);
     p.weight_n_stride = k_contiguous ? w.stride(1) : 1;
     p.weight_k_stride = k_contiguous ? 1 : w.stride(2);
-    p.bias = data_or_null(b);
-    p.out = out.mutable_data_ptr();
+    p.bias = data_or_null(product.bias);
     p.out_stride = n;
-    p.out_rows = out_map;
     p.expert_offsets = groups.expert_offsets.const_data_ptr<int32_t>();
     p.num_experts = size_32(op, "the number of experts", groups.num_experts());
     p.num_slots = size_32(op, "the number of slots", groups.num_slots());
     p.n = size_32(op, "weight.size(1)", n);
     p.k = size_32(op, "weight.size(2)", k);
-    check_launch(op, kernels::grouped_gemm(p, current_stream()), {{"rows", in}, {"weight", w}, {"out", out}});
+    return product;
+}
+
+}  // namespace
+
+at::Tensor grouped_product(const char* op, const MappedRows& rows, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias, const kernels::RowMap& out_map, const Groups& groups,
+                           bool allow_tf32) {
+    Product product = make_product(op, rows, weight, bias, groups, allow_tf32);
+    at::Tensor out = at::empty({groups.num_slots(), weight.size(1)}, product.in.options());
+    product.params.out = out.mutable_data_ptr();
+    product.params.out_rows = out_map;
+    check_launch(op, kernels::grouped_gemm(product.params, current_stream()),
+                 {{"rows", product.in}, {"weight", product.weight}, {"out", out}});
     return out;
+}
+
+UpProjection up_projection(const char* op, const MappedRows& rows, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias, int64_t width, const ActivationParams& activation,
+                           const Groups& groups, bool allow_tf32, bool want_z) {
+    const Product product = make_product(op, rows, weight, bias, groups, allow_tf32);
+    UpProjection result;
+    result.hidden = at::empty({groups.num_slots(), width}, product.in.options());
+    kernels::UpProjectionParams p{product.params, activation, result.hidden.mutable_data_ptr()};
+    if (want_z || !kernels::up_projection_is_fused(p)) {
+        result.z = at::empty({groups.num_slots(), weight.size(1)}, product.in.options());
+        p.gemm.out = result.z.mutable_data_ptr();
+    }
+    check_launch(op, kernels::up_projection(p, current_stream()),
+                 {{"rows", product.in}, {"weight", product.weight}, {"hidden", result.hidden}});
+    return result;
 }
 
 void weight_gradient(const char* op, const MappedRows& left, const MappedRows& right, const at::Tensor& out,

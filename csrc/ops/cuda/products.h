@@ -6,6 +6,7 @@
 
 #include <optional>
 
+#include "../../kernels/activation.h"
 #include "../../kernels/grouped_gemm.h"
 #include "support.h"
 
@@ -38,6 +39,16 @@ struct MappedRows {
 at::Tensor grouped_product(const char* op, const MappedRows& rows, const at::Tensor& weight,
                            const std::optional<at::Tensor>& bias, const kernels::RowMap& out_map, const Groups& groups,
                            bool allow_tf32);
+
+struct UpProjection {
+    at::Tensor hidden;  // [S, width]
+    at::Tensor z;       // [S, n]; undefined where it was neither wanted nor needed on the way
+};
+
+// z = rows weight^T + bias and hidden = act(z), both in grouped order; rows of sentinels are act(0), which is zero.
+UpProjection up_projection(const char* op, const MappedRows& rows, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias, int64_t width, const ActivationParams& activation,
+                           const Groups& groups, bool allow_tf32, bool want_z);
 
 // out[e] = sum over the positions of e of left[position]^T right[position], into a tensor [E, m, n] of any strides.
 void weight_gradient(const char* op, const MappedRows& left, const MappedRows& right, const at::Tensor& out,

@@ -1,0 +1,163 @@
+#pragma once
+
+// out[rows(p)] = in[rows(p)] W[e]^T: tile walker x mainloop x epilogue, one warpgroup that loads and two that multiply.
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../ptx/fence.h"
+#include "../ptx/setmaxnreg.h"
+#include "../ptx/tma.h"
+#include "arguments.h"
+#include "gather.h"
+#include "mainloop.h"
+#include "pipeline.h"
+#include "tile_walker.h"
+
+namespace scattermoe::kernels::sm90 {
+
+template <typename Element, Tile kTile, Rows kRows, Major kWeightMajor, typename Epilogue>
+struct GroupedGemm {
+    using Arguments = GroupedGemmArguments<typename Epilogue::Arguments>;
+    using Loop = Mainloop<Element, kTile, Major::kK, kWeightMajor>;
+    using Layout = SharedLayout<kTile>;
+    using Ring = Pipeline<Layout::kStages>;
+    using Position = typename Ring::Position;
+    static constexpr TileShape kShape = tile_shape(kTile);
+    static constexpr bool kGathers = kRows == Rows::kGathered;
+    static constexpr int kHalves = Epilogue::kHalves;
+    static_assert(kHalves == 1 || kWeightMajor == Major::kK);
+
+    // Boxes of at most 256 rows of the weight, or of 64 columns.
+    __device__ __forceinline__ static void load_weight(const Arguments& p, uint32_t stage, uint32_t full,
+                                                       const OutputTile& tile, int k) {
+        if constexpr (kWeightMajor == Major::kK) {
+            constexpr int kBoxRows = kShape.n / kHalves;
+#pragma unroll
+            for (int half = 0; half < kHalves; ++half) {
+                ptx::tma_load(stage + half * kBoxRows * 128, p.weight_map, full, k, tile.column * kBoxRows,
+                              half ^ p.first_half, tile.expert);
+            }
+        } else {
+#pragma unroll
+            for (int block = 0; block < kShape.n / 64; ++block) {
+                ptx::tma_load(stage + block * kStageK * 128, p.weight_map, full, tile.column * kShape.n + block * 64, k,
+                              tile.expert);
+            }
+        }
+    }
+
+    // One warp; its first lane starts the copies.
+    __device__ __forceinline__ static void load_in_order(const Arguments& p, const Ring& ring, uint32_t shared) {
+        const int lane = threadIdx.x % kWarpSize;
+        TileWalker<kShape.m> walker(p.expert_offsets, p.num_experts, p.tiles_n);
+        Position at;
+        OutputTile tile;
+        for (int number = blockIdx.x; walker.seek(number, tile); number += gridDim.x) {
+            if (lane == 0) {
+                for (int k_block = 0; k_block < p.k_blocks; ++k_block) {
+                    ring.wait_empty(at);
+                    const uint32_t full = ring.full(at.stage);
+                    ptx::mbarrier_arrive_expect_bytes(full, kShape.stage_bytes());
+                    ptx::tma_load(shared + at.stage * kShape.a_bytes(), p.in_map, full, k_block * kStageK, tile.row);
+                    load_weight(p, shared + Layout::kB + at.stage * kShape.b_bytes(), full, tile, k_block * kStageK);
+                    at.advance();
+                }
+            }
+            __syncwarp();
+        }
+    }
+
+    // The whole warpgroup. A stage is full when each thread's copies have landed, and the weight's bytes.
+    __device__ __forceinline__ static void load_gathered(const Arguments& p, const Ring& ring, uint32_t shared) {
+        TileWalker<kShape.m> walker(p.expert_offsets, p.num_experts, p.tiles_n);
+        GatheredTileRows<kShape.m> rows(p.in);
+        Position at;
+        OutputTile next;
+        int number = blockIdx.x;
+        bool more = walker.seek(number, next);
+        if (more) rows.look_ahead(next);
+        while (more) {
+            const OutputTile tile = next;
+            rows.begin_tile();
+            number += gridDim.x;
+            more = walker.seek(number, next);
+            if (more) rows.look_ahead(next);
+            for (int k_block = 0; k_block < p.k_blocks; ++k_block) {
+                ring.wait_empty(at);
+                const uint32_t full = ring.full(at.stage);
+                if (threadIdx.x == 0) {
+                    ptx::mbarrier_arrive_expect_bytes(full, kShape.b_bytes());
+                    load_weight(p, shared + Layout::kB + at.stage * kShape.b_bytes(), full, tile, k_block * kStageK);
+                }
+                rows.copy(shared + at.stage * kShape.a_bytes(), k_block);
+                ptx::mbarrier_arrive_after_cp_async(full);
+                at.advance();
+            }
+        }
+    }
+
+    __device__ __forceinline__ static void multiply(const Arguments& p, const Ring& ring, uint32_t shared) {
+        const int consumer = threadIdx.x / kWarpgroupThreads - 1, lane = threadIdx.x % kWarpSize;
+        Epilogue epilogue(p.epilogue, shared + Layout::kStaging);
+        TileWalker<kShape.m> walker(p.expert_offsets, p.num_experts, p.tiles_n);
+        Position at;
+        // Writes of the gathering threads reach the tensor cores only through a fence on this side of the barrier.
+        const auto prepare = [](int, int) {
+            if constexpr (kGathers) ptx::fence_proxy_async();
+        };
+        typename Loop::Sums sums;
+        OutputTile tile;
+        if constexpr (kShape.ping_pong) {
+            uint32_t turn = Ring::first_turn(consumer);
+            if (consumer == 1) at.advance(p.k_blocks);
+            for (int number = blockIdx.x + consumer * gridDim.x; walker.seek(number, tile);
+                 number += kConsumers * gridDim.x) {
+                ring.wait_turn(consumer, turn);
+                Loop::run(sums, ring, at, shared, consumer, p.k_blocks, prepare,
+                          [&] { ring.pass_turn(consumer, lane); });
+                epilogue.run(sums, tile);
+                at.advance(p.k_blocks);  // the other's tile
+            }
+        } else {
+            int number = blockIdx.x;
+            bool more = walker.seek(number, tile);
+            while (more) {
+                OutputTile next;
+                Loop::run(sums, ring, at, shared, consumer, p.k_blocks, prepare, [&] {
+                    number += gridDim.x;
+                    more = walker.seek(number, next);
+                });
+                epilogue.run(sums, tile);
+                tile = next;
+            }
+        }
+        epilogue.finish(__ldg(p.expert_offsets + p.num_experts), p.num_slots);
+    }
+};
+
+template <typename Element, Tile kTile, Rows kRows, Major kWeightMajor, typename Epilogue>
+__global__ void __launch_bounds__(kThreads, 1)
+    grouped_gemm_kernel(const __grid_constant__ GroupedGemmArguments<typename Epilogue::Arguments> p) {
+    using Gemm = GroupedGemm<Element, kTile, kRows, kWeightMajor, Epilogue>;
+    constexpr RegisterBudget kBudget = register_budget(Gemm::kGathers, Epilogue::kCrowded);
+    extern __shared__ __align__(1024) unsigned char dynamic_shared[];
+    const uint32_t shared = opaque_address(dynamic_shared);
+    const typename Gemm::Ring ring(shared + Gemm::Layout::kBarriers);
+    if (threadIdx.x == 0) ring.init(Gemm::kGathers ? 1 + kWarpgroupThreads : 1, Gemm::kShape.ping_pong);
+    __syncthreads();
+    if (threadIdx.x < kWarpgroupThreads) {
+        ptx::setmaxnreg_decrease<kBudget.producer>();
+        if constexpr (Gemm::kGathers) {
+            Gemm::load_gathered(p, ring, shared);
+        } else if (threadIdx.x < kWarpSize) {
+            Gemm::load_in_order(p, ring, shared);
+        }
+    } else {
+        ptx::setmaxnreg_increase<kBudget.consumer>();
+        Gemm::multiply(p, ring, shared);
+    }
+}
+
+}  // namespace scattermoe::kernels::sm90

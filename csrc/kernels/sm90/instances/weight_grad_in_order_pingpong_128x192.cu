@@ -1,0 +1,7 @@
+#include "../launch.h"
+
+namespace scattermoe::kernels::sm90 {
+
+SCATTERMOE_WEIGHT_GRAD(kPingPong128x192, kNeither);
+
+}  // namespace scattermoe::kernels::sm90

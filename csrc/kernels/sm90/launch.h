@@ -1,0 +1,83 @@
+#pragma once
+
+// From arguments to a running kernel. Included by the instances alone.
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../device.h"
+#include "../dispatch.h"
+#include "epilogue.h"
+#include "grouped_gemm_kernel.h"
+#include "instances.h"
+#include "weight_grad_kernel.h"
+
+namespace scattermoe::kernels::sm90 {
+
+template <EpilogueId kEpilogue, typename Element, Tile kTile>
+struct EpilogueOf;
+template <typename Element, Tile kTile>
+struct EpilogueOf<EpilogueId::kStore, Element, kTile> {
+    using Type = StoreEpilogue<Element, kTile>;
+};
+template <typename Element, Tile kTile>
+struct EpilogueOf<EpilogueId::kSwiglu, Element, kTile> {
+    using Type = GluEpilogue<Element, kTile, Activation::kSwiglu>;
+};
+
+// One block on every SM, or fewer where there are fewer tiles.
+template <typename Arguments>
+cudaError_t launch_persistent(void (*kernel)(Arguments), OncePerDevice& shared_allowed, int shared, int64_t tiles,
+                              const Arguments& arguments, cudaStream_t stream) {
+    int device = 0, multiprocessors = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    }
+    if (error == cudaSuccess) {
+        error = shared_allowed.run(
+            [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared); });
+    }
+    if (error != cudaSuccess) return error;
+    // Tile numbers run past the last by as much as a grid.
+    if (tiles > INT32_MAX - kConsumers * multiprocessors) return cudaErrorInvalidConfiguration;
+    const int64_t blocks = std::clamp<int64_t>(tiles, 1, multiprocessors);
+    kernel<<<static_cast<unsigned>(blocks), kThreads, shared, stream>>>(arguments);
+    return cudaGetLastError();
+}
+
+template <typename F>
+cudaError_t dispatch_half(DType dtype, F&& f) {
+    if (dtype == DType::kBFloat16) return f(TypeTag<__nv_bfloat16>{});
+    if (dtype == DType::kFloat16) return f(TypeTag<__half>{});
+    return cudaErrorInvalidValue;
+}
+
+template <Tile kTile, Rows kRows, Major kWeightMajor, EpilogueId kEpilogue>
+cudaError_t launch_grouped_gemm(DType dtype, const ArgumentsOf<kEpilogue>& arguments, cudaStream_t stream) {
+    return dispatch_half(dtype, [&](auto tag) {
+        using Element = typename decltype(tag)::type;
+        static OncePerDevice shared_allowed;
+        using Epilogue = typename EpilogueOf<kEpilogue, Element, kTile>::Type;
+        // Tiles of rows: one for each full one, and a ragged one for each expert that has rows.
+        const int64_t tiles =
+            max_row_tiles(arguments.num_slots, arguments.num_experts, tile_shape(kTile).m) * arguments.tiles_n;
+        return launch_persistent(grouped_gemm_kernel<Element, kTile, kRows, kWeightMajor, Epilogue>, shared_allowed,
+                                 shared_bytes(kTile), tiles, arguments, stream);
+    });
+}
+
+template <Tile kTile, GatheredSide kGathered>
+cudaError_t launch_weight_grad(DType dtype, const WeightGradArguments& arguments, cudaStream_t stream) {
+    return dispatch_half(dtype, [&](auto tag) {
+        using Element = typename decltype(tag)::type;
+        static OncePerDevice shared_allowed;
+        const int64_t tiles = int64_t{arguments.num_experts} * arguments.tiles_m * arguments.tiles_n;
+        return launch_persistent(weight_grad_kernel<Element, kTile, kGathered>, shared_allowed, shared_bytes(kTile),
+                                 tiles, arguments, stream);
+    });
+}
+
+}  // namespace scattermoe::kernels::sm90

@@ -1,0 +1,88 @@
+#pragma once
+
+// What a consumer warpgroup does with the stages of a tile.
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../ptx/wgmma.h"
+#include "../select.h"
+#include "../vector.h"
+#include "pipeline.h"
+
+namespace scattermoe::kernels::sm90 {
+
+// An operand's part of a stage, 128-byte swizzled. Contraction contiguous (kK): a row of 64 of it for each m or n. The
+// other way round (kMn): for each 64 of m or n, a row of those for each of the 64 steps of the contraction.
+template <Major kMajor>
+struct StageOperand {
+    static constexpr uint32_t kBlockBytes = 64 * 128;  // 64 of m or n
+    static constexpr uint32_t kAtomBytes = 8 * 128;
+    static constexpr uint32_t kLeadingBytes = kMajor == Major::kK ? 16 : kBlockBytes;
+    // Descriptors count 16 bytes.
+    static constexpr uint32_t kNextBlock = kBlockBytes / 16;
+    static constexpr uint32_t kNext16 = (kMajor == Major::kK ? 32 : 16 * 128) / 16;  // of the contraction
+
+    __device__ __forceinline__ static uint64_t descriptor(uint32_t shared) {
+        return ptx::wgmma_descriptor(shared, kLeadingBytes, kAtomBytes);
+    }
+};
+
+template <typename Element, Tile kTile, Major kMajorA, Major kMajorB>
+struct Mainloop {
+    static constexpr TileShape kShape = tile_shape(kTile);
+    static constexpr int kBlocks = kShape.consumer_blocks();
+    using Layout = SharedLayout<kTile>;
+    using Ring = Pipeline<Layout::kStages>;
+    using Position = typename Ring::Position;
+    using A = StageOperand<kMajorA>;
+    using B = StageOperand<kMajorB>;
+    using Sums = float[kBlocks][kShape.n / 2];
+
+    // Sums of a tile over its k_blocks > 0 stages. prepare(k_block, stage) runs between a stage's arrival and its
+    // products, before_drain() when the last products have been issued but not finished. The first stage is not part of
+    // the loop: an `if` around the wait in there would make ptxas wait for every product at once.
+    template <typename Prepare, typename BeforeDrain>
+    __device__ __forceinline__ static void run(Sums& sums, const Ring& ring, Position& at, uint32_t shared,
+                                               int consumer, int k_blocks, Prepare&& prepare,
+                                               BeforeDrain&& before_drain) {
+        const int lane = threadIdx.x % kWarpSize;
+        const uint32_t a = shared + (kShape.ping_pong ? 0 : consumer * kBlocks * A::kBlockBytes);
+        const uint32_t b = shared + Layout::kB;
+        auto multiply = [&](int k_block, bool accumulate) {
+            ring.wait_full(at);
+            prepare(k_block, at.stage);
+            const uint64_t a_stage = A::descriptor(a + at.stage * kShape.a_bytes());
+            const uint64_t b_stage = B::descriptor(b + at.stage * kShape.b_bytes());
+            ptx::wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < kStageK / 16; ++step) {
+#pragma unroll
+                for (int block = 0; block < kBlocks; ++block) {
+                    ptx::wgmma<Element, kMajorA, kMajorB, kShape.n>(
+                        sums[block], a_stage + block * A::kNextBlock + step * A::kNext16, b_stage + step * B::kNext16,
+                        accumulate || step > 0);
+                }
+            }
+            ptx::wgmma_commit();
+        };
+
+        multiply(0, false);
+        int previous = at.stage;
+        at.advance();
+#pragma unroll 1
+        for (int k_block = 1; k_block < k_blocks; ++k_block) {
+            multiply(k_block, true);
+            ptx::wgmma_wait<1>();
+            ring.release(previous, lane);
+            previous = at.stage;
+            at.advance();
+        }
+        before_drain();
+        ptx::wgmma_wait<0>();
+        ring.release(previous, lane);
+    }
+};
+
+}  // namespace scattermoe::kernels::sm90

@@ -1,0 +1,66 @@
+#pragma once
+
+// Which tile a product takes on Hopper, as pure functions of its shape. What they say of speed was measured on an H200:
+// docs/kernels.md has the table.
+
+#include "../types.h"
+#include "tile.h"
+
+namespace scattermoe::kernels::sm90 {
+
+struct TileChoice {
+    Tile tile;
+    const char* why;
+};
+
+// Whether tiles of so many columns compute more than one in `part` of an output's n for nothing, beyond what tiles of
+// `other` columns do. The wider tile reads less for each product; that is worth a little.
+constexpr bool wastes_more(int64_t n, int tile, int other, int part) {
+    return round_up(n, tile) > round_up(n, other) + round_up(n, other) / part;
+}
+
+// out = in W^T. k: the contraction.
+constexpr TileChoice select_store_tile(int64_t n, int64_t k, bool gathered, bool weight_k_contiguous) {
+    if (gathered) {
+        if (weight_k_contiguous && wastes_more(n, 256, 192, 64)) {
+            return {Tile::kPingPong128x192, "ping-pong 128x192: fewer columns for nothing than 128x256"};
+        }
+        return {Tile::kCooperative128x256, "cooperative 128x256: four long stages cover the latency of gathering"};
+    }
+    // A short contraction leaves the epilogue, and with it the number of tiles, most of the time.
+    const int part = k <= 512 ? 24 : 100;
+    if (!wastes_more(n, 192, 128, part)) {
+        return {Tile::kPingPong128x192, "ping-pong 128x192 (registers: 192 accumulators)"};
+    }
+    return {Tile::kPingPong128x128, "ping-pong 128x128: fewer columns for nothing than 128x192"};
+}
+
+// hidden = act(in W^T), with as many columns of either half of a tile.
+constexpr TileChoice select_glu_tile(int64_t width, bool needs_room) {
+    constexpr Tile kNarrow = Tile::kPingPong128x192;
+    static_assert(!has_room_for_glu(kNarrow) && has_room_for_glu(Tile::kCooperative128x256));
+    if (!needs_room && !wastes_more(width, tile_shape(kNarrow).n / 2, 128, 20)) {
+        return {kNarrow, "ping-pong 128x192: the activation runs beside the other consumer's products"};
+    }
+    return {Tile::kCooperative128x256, needs_room ? "cooperative 128x256: registers for a bias or interleaved columns"
+                                                  : "cooperative 128x256: fewer columns for nothing than 128x192"};
+}
+
+// out[e] = left^T right, left and right of m and n columns.
+enum class GatheredSide : int { kNeither, kLeft, kRight };
+
+constexpr TileChoice select_weight_grad_tile(int64_t n, GatheredSide gathered) {
+    switch (gathered) {
+        case GatheredSide::kLeft:
+            return {Tile::kCooperative128x256, "cooperative 128x256: the gathered side is the short one"};
+        case GatheredSide::kRight:
+            return {Tile::kCooperative256x128, "cooperative 256x128: the gathered side is the short one"};
+        case GatheredSide::kNeither:
+            break;
+    }
+    if (!wastes_more(n, 192, 256, 20))
+        return {Tile::kPingPong128x192, "ping-pong 128x192 (registers: 192 accumulators)"};
+    return {Tile::kCooperative128x256, "cooperative 128x256: fewer columns for nothing than 128x192"};
+}
+
+}  // namespace scattermoe::kernels::sm90

@@ -1,0 +1,42 @@
+#pragma once
+
+// The Hopper kernels as the rest of the library sees them.
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../activation.h"
+#include "../grouped_gemm.h"
+#include "tile.h"
+
+namespace scattermoe::kernels::sm90 {
+
+// False where the environment sets SCATTERMOE_PORTABLE_KERNELS to anything but 0: what the Hopper kernels are measured
+// and checked against.
+bool is_enabled();
+
+// What the copy engine asks for: 16-bit elements, and every row of every matrix at a multiple of 16 bytes.
+bool can_run(const GroupedGemmParams& params);
+cudaError_t grouped_gemm(const GroupedGemmParams& params, cudaStream_t stream);
+
+// At most one operand may be gathered.
+bool can_run(const WeightGradParams& params);
+cudaError_t weight_grad(const WeightGradParams& params, cudaStream_t stream);
+
+// z = in W^T + b, hidden = act(z) in one pass. z, gemm.out, may be none.
+struct GluGemmParams {
+    GroupedGemmParams gemm;
+    ActivationParams activation;
+    void* hidden = nullptr;  // [S, n / 2]
+};
+
+bool can_run(const GluGemmParams& params);
+cudaError_t glu_gemm(const GluGemmParams& params, cudaStream_t stream);
+
+// The same with a tile of the caller's choice, cudaErrorNotSupported if there is no such kernel: for measurements.
+cudaError_t grouped_gemm(const GroupedGemmParams& params, Tile tile, cudaStream_t stream);
+cudaError_t weight_grad(const WeightGradParams& params, Tile tile, cudaStream_t stream);
+cudaError_t glu_gemm(const GluGemmParams& params, Tile tile, cudaStream_t stream);
+
+}  // namespace scattermoe::kernels::sm90

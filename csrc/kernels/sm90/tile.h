@@ -1,0 +1,115 @@
+#pragma once
+
+// The tiles there are on Hopper and what they need of an SM. No CUDA header: the choice between them is tested on the
+// host.
+
+#include "../types.h"
+
+namespace scattermoe::kernels::sm90 {
+
+// A block computes output tiles of m x n, one after the other, with one warpgroup that loads and two that multiply.
+// Cooperative: the two share a tile, half its rows each. Ping-pong: each has a tile of its own, and one's epilogue runs
+// while the other keeps the tensor cores busy.
+enum class Tile : int {
+    kPingPong128x192,
+    kPingPong128x128,
+    kCooperative128x256,
+    kCooperative256x128,
+};
+
+inline constexpr int kConsumers = 2;
+inline constexpr int kStageK = 64;  // of the contraction in one stage: 128 bytes, the width of the swizzle
+
+struct TileShape {
+    int m;
+    int n;
+    bool ping_pong;
+    int staging_buffers;  // 2 KB each, for every consumer warp: what the stages leave room for
+
+    SCATTERMOE_HD constexpr int a_bytes() const { return m * kStageK * 2; }
+    SCATTERMOE_HD constexpr int b_bytes() const { return n * kStageK * 2; }
+    SCATTERMOE_HD constexpr int stage_bytes() const { return a_bytes() + b_bytes(); }
+    // Blocks of 64 rows that a consumer warpgroup multiplies.
+    SCATTERMOE_HD constexpr int consumer_blocks() const { return ping_pong ? m / 64 : m / 128; }
+    SCATTERMOE_HD constexpr int accumulators() const { return consumer_blocks() * n / 2; }
+};
+
+SCATTERMOE_HD constexpr TileShape tile_shape(Tile tile) {
+    switch (tile) {
+        case Tile::kPingPong128x192:
+            return {128, 192, true, 1};
+        case Tile::kPingPong128x128:
+            return {128, 128, true, 2};
+        case Tile::kCooperative128x256:
+            return {128, 256, false, 2};
+        case Tile::kCooperative256x128:
+            return {256, 128, false, 2};
+    }
+    return {};
+}
+
+// ---- Shared memory ----
+
+inline constexpr int kSharedBytes = 227 * 1024;  // all that one block can have
+inline constexpr int kBarrierBytes = 256;
+inline constexpr int kStagingBufferBytes = 2048;  // 16 rows of 64 columns
+inline constexpr int kConsumerWarps = kConsumers * 4;
+
+SCATTERMOE_HD constexpr int staging_bytes(Tile tile) {
+    return kConsumerWarps * tile_shape(tile).staging_buffers * kStagingBufferBytes;
+}
+
+// As many stages as fit: 5, 6, 4, 4 for the tiles in their order. Ping-pong tiles want five or six, and gathered rows
+// some 3000 cycles of products in flight.
+SCATTERMOE_HD constexpr int stage_count(Tile tile) {
+    return (kSharedBytes - kBarrierBytes - staging_bytes(tile)) / tile_shape(tile).stage_bytes();
+}
+
+SCATTERMOE_HD constexpr int shared_bytes(Tile tile) {
+    return stage_count(tile) * tile_shape(tile).stage_bytes() + staging_bytes(tile) + kBarrierBytes;
+}
+
+// Two barriers for each stage and two that order the consumers, eight bytes each.
+static_assert((2 * 7 + 2) * 8 <= kBarrierBytes);
+static_assert(stage_count(Tile::kPingPong128x192) == 5 && stage_count(Tile::kPingPong128x128) == 6 &&
+              stage_count(Tile::kCooperative128x256) == 4 && stage_count(Tile::kCooperative256x128) == 4);
+
+// Columns that a warp stages at a time. A tile of gates and ups has half as many columns of either.
+inline constexpr int kStoreColumns = 64;
+SCATTERMOE_HD constexpr int glu_store_columns(Tile tile) {
+    return tile_shape(tile).n / 2 % 64 == 0 ? 64 : 32;
+}
+
+// ---- Registers ----
+
+inline constexpr int kWarpgroupThreads = 128;
+inline constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
+
+// What a block has for each thread when it starts, and what setmaxnreg makes of it: the producer's warpgroup hands
+// registers to the others. One that starts bulk copies needs almost none; one that gathers needs an address for each
+// copy, or every copy waits for the one before to have read its own. With 192 accumulators the consumers are at the
+// edge of spilling.
+inline constexpr int kLaunchRegisters = 64 * 1024 / kThreads / 8 * 8;
+
+struct RegisterBudget {
+    int producer;
+    int consumer;
+};
+
+// crowded: 192 accumulators and an epilogue with more to do than store them. The producer's copies then wait for each
+// other, which 192 columns leave time for.
+SCATTERMOE_HD constexpr RegisterBudget register_budget(bool gathers, bool crowded) {
+    return gathers && !crowded ? RegisterBudget{56, 224} : RegisterBudget{40, 232};
+}
+
+constexpr bool fits_registers(RegisterBudget budget) {
+    return budget.producer + kConsumers * budget.consumer <= (1 + kConsumers) * kLaunchRegisters;
+}
+static_assert(fits_registers(register_budget(true, false)) && fits_registers(register_budget(false, false)));
+
+// Whether the gated epilogue has registers left for a bias and for interleaved columns.
+SCATTERMOE_HD constexpr bool has_room_for_glu(Tile tile) {
+    return tile_shape(tile).accumulators() <= 128;
+}
+
+}  // namespace scattermoe::kernels::sm90
