@@ -10,10 +10,6 @@
 
 namespace scattermoe::kernels::ptx {
 
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int x, int y) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
@@ -59,10 +55,6 @@ __device__ __forceinline__ void tma_store_wait_read() {
 
 __device__ __forceinline__ void tma_store_wait_all() {
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
-
-__device__ __forceinline__ void prefetch_l2(const void* global) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory");
 }
 
 }  // namespace scattermoe::kernels::ptx

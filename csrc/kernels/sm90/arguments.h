@@ -61,8 +61,8 @@ struct StoreArguments {
     int columns;
 };
 
-// Rows of z [S, 2 width] and of what has its layout, in grouped order: [S, 2, width] to the copy engine, or [S, 1, 2
-// width] where gates and ups are interleaved.
+// z [S, 2 width], its rows in grouped order. To the copy engine it is [S, 2, width], or one half of 2 width columns where
+// gates and ups are interleaved.
 struct GluMatrix {
     CUtensorMap map;
     void* pointer;
