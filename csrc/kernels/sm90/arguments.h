@@ -61,8 +61,8 @@ struct StoreArguments {
     int columns;
 };
 
-// z [S, 2 width], its rows in grouped order. To the copy engine it is [S, 2, width], or one half of 2 width columns where
-// gates and ups are interleaved.
+// z [S, 2 width], its rows in grouped order. To the copy engine it is [S, 2, width], or one half of 2 width columns
+// where gates and ups are interleaved.
 struct GluMatrix {
     CUtensorMap map;
     void* pointer;
