@@ -12,7 +12,7 @@ import torch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from .training import History
+from .training import Choices, History
 
 # Groups of byte values a newcomer would expect experts to tell apart.
 BYTE_CLASSES = {
@@ -126,27 +126,31 @@ def _class_of_bytes() -> Tensor:
     return table
 
 
-def plot_expert_load(path: Path, layers: list[tuple[str, Tensor]], inputs: Tensor, title: str) -> None:
+def plot_expert_load(path: Path, layers: list[Choices], inputs: Tensor, title: str) -> None:
     """Draws, for each sparse layer, the share of the choices each expert got and what kinds of bytes they were.
 
     Args:
         path: the PNG to write.
-        layers: per sparse layer its name ("attention" or "mlp") and the experts chosen, int64 [tokens, top_k].
+        layers: what was chosen in each sparse layer; those with a single expert are left out.
         inputs: the bytes the choices were made at, int64 of `tokens` elements.
         title: the figure's title.
     """
     _style()
     byte_class = _class_of_bytes()[inputs.reshape(-1)]
-    kinds = [name for name in ("attention", "mlp") if any(name == layer for layer, _ in layers)]
-    columns = {kind: [chosen for name, chosen in layers if name == kind] for kind in kinds}
-    depth = max(len(chosen) for chosen in columns.values())
-    experts = {kind: max(int(chosen.max()) + 1 for chosen in columns[kind]) for kind in kinds}
+    columns = {
+        kind: [layer for layer in layers if layer.name == kind and layer.num_experts > 1]
+        for kind in ("attention", "mlp")
+    }
+    columns = {kind: column for kind, column in columns.items() if column}
+    if not columns:
+        return
+    depth = max(map(len, columns.values()))
     figure, axes = plt.subplots(
-        depth, len(kinds), figsize=(10, 0.9 + 1.5 * depth), squeeze=False, sharey="col", constrained_layout=True
+        depth, len(columns), figsize=(10, 0.9 + 1.5 * depth), squeeze=False, sharey="col", constrained_layout=True
     )
-    for column, kind in enumerate(kinds):
-        for row, chosen in enumerate(columns[kind]):
-            panel, count = axes[row, column], experts[kind]
+    for column, (kind, kind_layers) in enumerate(columns.items()):
+        for row, (_, count, chosen) in enumerate(kind_layers):
+            panel = axes[row, column]
             cells = byte_class[:, None] * count + chosen
             load = torch.bincount(cells.reshape(-1), minlength=len(BYTE_CLASSES) * count)
             share = 100 * load.view(len(BYTE_CLASSES), count).double() / chosen.numel()  # [classes, experts]

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,14 @@ def balance(layers: list[SparseLayer]) -> float:
             share = load / load.sum()
             shares.append(torch.special.entr(share).sum().exp() / load.numel())
     return torch.stack(shares).mean().item() if shares else 1.0
+
+
+class Choices(NamedTuple):
+    """Which experts the tokens of some text chose in one sparse layer."""
+
+    name: str  # "attention" or "mlp"
+    num_experts: int
+    experts: Tensor  # int64 [tokens, top_k]
 
 
 @dataclass
@@ -107,12 +116,11 @@ class Run:
         self.history.balance.append(balance(layers))
 
     @torch.no_grad()
-    def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[float, list[tuple[str, Tensor]]]:
+    def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[float, list[Choices]]:
         """Measures the model on text it does not train on.
 
         Returns:
-            the mean nats per byte, and per sparse layer its name and the experts its tokens chose,
-            int64 [inputs.numel(), top_k].
+            the mean nats per byte, and what the tokens chose in each sparse layer, in the order of `inputs`.
         """
         self.forward.eval()
         total = 0.0
@@ -122,9 +130,11 @@ class Run:
                 logits, layers, _ = self.forward(chunk_inputs.to(self.device))
             total += cross_entropy(logits, chunk_targets.to(self.device)).item() * chunk_inputs.numel()
             chosen.append([layer.router_logits.topk(layer.top_k, dim=-1).indices.cpu() for layer in layers])
-        names = [layer.name for layer in layers]
-        experts = [torch.cat(layer_chunks) for layer_chunks in zip(*chosen, strict=True)]
-        return total / inputs.numel(), list(zip(names, experts, strict=True))
+        choices = [
+            Choices(layer.name, layer.router_logits.shape[-1], torch.cat(experts))
+            for layer, experts in zip(layers, zip(*chosen, strict=True), strict=True)
+        ]
+        return total / inputs.numel(), choices
 
     def _chunks(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(inputs.split(self.config.batch_size), targets.split(self.config.batch_size), strict=True)
