@@ -52,17 +52,19 @@ class Reference:
         generator = torch.Generator(problem.device).manual_seed(seed)
         shape = problem.shape
         self.tokens = torch.randperm(shape.tokens, generator=generator, device=problem.device)[:num_tokens]
-        x = problem.x[self.tokens].double().requires_grad_()
-        gates = problem.gates[self.tokens].double().requires_grad_()
-        ids = problem.expert_ids[self.tokens]
-        y = torch.zeros_like(x)
+        x, grad = problem.x[self.tokens].double(), problem.grad[self.tokens].double()
+        gates, ids = problem.gates[self.tokens].double(), problem.expert_ids[self.tokens]
+        self.y, self.grad_x, self.grad_gates = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(gates)
+        # One expert's weights in float64 at a time: all of a large layer's would fill a GPU that several processes share.
         for expert in ids.unique().tolist():
             row, choice = (ids == expert).nonzero(as_tuple=True)
-            gate, up = F.linear(x[row], problem.w_up[expert].double()).chunk(2, dim=-1)
+            x_rows = x[row].requires_grad_()
+            gate, up = F.linear(x_rows, problem.w_up[expert].double()).chunk(2, dim=-1)
             rows = F.linear(F.silu(gate) * up, problem.w_down[expert].double())
-            y = y.index_add(0, row, rows * gates[row, choice].unsqueeze(1))
-        self.grad_x, self.grad_gates = torch.autograd.grad(y, [x, gates], problem.grad[self.tokens].double())
-        self.y = y.detach()
+            weight = gates[row, choice].unsqueeze(1)
+            self.grad_x.index_add_(0, row, *torch.autograd.grad(rows, x_rows, grad[row] * weight))
+            self.y.index_add_(0, row, rows.detach() * weight)
+            self.grad_gates[row, choice] = (rows.detach() * grad[row]).sum(dim=1)
 
         units = torch.randperm(shape.intermediate_size, generator=generator, device=problem.device)[:num_units]
         self.units, self.up_rows = units, torch.cat([units, units + shape.intermediate_size])

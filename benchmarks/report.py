@@ -1,6 +1,7 @@
 """Rows of benchmarks/gpu.py as lines, as a page of tables, and as plots."""
 
 import statistics
+import textwrap
 from pathlib import Path
 
 from harness import markdown_table
@@ -95,13 +96,18 @@ class Results:
         return [name for name in self.impls if any(row["impl"] == name and key in row for row in rows)]
 
     def ratios(self, mode: str, impl: str, other: str, routing: str = "balanced") -> list[float]:
-        """Speed of one over that of another, for each shape that both have; "best peer" is the fastest one of each shape."""
+        """Speed of one over that of another, for each shape that both have.
+
+        "best peer" is the fastest one of each shape; shapes where one of them has no number are left out, because it may
+        be the fastest.
+        """
         key, found = f"{mode}_tflops", []
+        peers = [name for name in PEERS if name in self.measured(key, routing)]
         for shape in self.shapes:
             mine = self.get(shape, routing, impl, key)
-            names = PEERS if other == "best peer" else (other,)
+            names = peers if other == "best peer" else [other]
             theirs = [value for name in names if (value := self.get(shape, routing, name, key)) is not None]
-            if mine is not None and theirs:
+            if mine is not None and theirs and len(theirs) == len(names):
                 found.append(mine / max(theirs))
         return found
 
@@ -142,7 +148,7 @@ def memory_table(results: Results, key: str) -> str:
 
 
 def routing_table(results: Results) -> str:
-    """Speed under other routings over the speed of the same implementation under the balanced one."""
+    """Speed under other routings, and its ratio to that of the same implementation under the balanced one."""
     others = [name for name in results.routings if name != "balanced"]
     impls = [name for name in results.impls if any(name in results.measured("train_tflops", one) for one in others)]
     impls = [name for name in impls if name != "ceiling"]
@@ -152,9 +158,12 @@ def routing_table(results: Results) -> str:
             pairs = [
                 [results.get(shape, kind, name, "train_tflops") for kind in (routing, "balanced")] for name in impls
             ]
-            if any(one and other for one, other in pairs):
-                ratios = [cell(one / other if one and other else None, ".2f") for one, other in pairs]
-                rows.append([shape, routing, *ratios])
+            if any(one for one, _ in pairs):
+                cells = [
+                    f"{cell(one, '.0f')} {f'({one / other:.2f})' if one and other else ''}".strip()
+                    for one, other in pairs
+                ]
+                rows.append([shape, routing, *cells])
     return markdown_table(["shape", "routing", *impls], rows)
 
 
@@ -226,7 +235,7 @@ def page(result: dict) -> str:
     if len(results.routings) > 1 and "balanced" in results.routings:
         skew = f"""## Uneven routing
 
-Speed of forward and backward over the same implementation's under balanced routing.
+TFLOP/s of forward and backward, and in brackets the ratio to the same implementation's under balanced routing.
 
 {routing_table(results)}
 """
@@ -262,9 +271,12 @@ on the same random data, and its output and gradients were compared with a float
 are this library's kernels for every GPU, forced; *scattermoe* is what it does by itself. Routings: *balanced* draws experts
 uniformly, *zipf* with probabilities proportional to 1, 1/2, 1/3, ..., *empty* uniformly from nine tenths of them.
 
+{textwrap.fill(result.get("note", ""), 120)}
+
 ## Summary
 
-Geometric mean over shapes (smallest to largest).
+Geometric mean over shapes (smallest to largest). *best peer* is the fastest other implementation of each shape where all have
+a number.
 
 {summary(results)}
 
@@ -277,7 +289,7 @@ Geometric mean over shapes (smallest to largest).
 
 Cold start: from the import of the package in a process that has PyTorch and a CUDA context to the end of the first step, on
 the first shape of the run; files that an implementation cached in earlier runs shorten it. Host time: of one step so small that the
-GPU waits for the host. {result.get("note", "")}
+GPU waits for the host.
 
 {start_table(results)}
 
@@ -313,7 +325,9 @@ def plot(result: dict, path: Path) -> None:
     results = Results(result)
     routing = results.routings[0]
     titles = {"train": "Forward and backward", "inference": "Forward only"}
-    shapes = [shape for shape in results.shapes if results.get(shape, routing, "ceiling", "train_ms")]
+    shapes = [
+        shape for shape in results.shapes if any(results.get(shape, routing, name, "train_of_ceiling") for name in OURS)
+    ]
     impls = [name for name in results.impls if name != "ceiling"]
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 1.6 + 0.42 * max(len(shapes), 1)), sharey=True)
     for axis, (mode, title) in zip(axes, titles.items(), strict=True):
@@ -339,7 +353,7 @@ def plot(result: dict, path: Path) -> None:
         for side in axis.spines.values():
             side.set_visible(False)
     axes[0].set_yticks(range(len(shapes)), shapes)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(shapes) - 0.4, -0.6)
     handles = [
         pyplot.Line2D(
             [], [], marker="o", linestyle="", markersize=9 if name in OURS else 7, color=COLORS[name], label=name

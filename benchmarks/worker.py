@@ -33,16 +33,18 @@ class Server:
     def __init__(self, implementation: str, device: str) -> None:
         self.implementation = IMPLEMENTATIONS[implementation]
         self.device = device
-        self.adapter = self.problem = self.reference = self.layer = self.flush = None
+        self.adapter = self.problem = self.reference = self.layer = self.flush = self.dtype = None
 
     # Requests.
 
     def setup(self, shape: list[int], routing: str, dtype: str) -> dict:
         """Makes the data of a case; frees that of the one before."""
         self.release()
-        self.problem = Problem(Shape(*shape), routing, getattr(torch, dtype), self.device)
+        self.dtype = getattr(torch, dtype)
+        self.problem = Problem(Shape(*shape), routing, self.dtype, self.device)
         self.reference = Reference(self.problem)
         self.synchronize()
+        self.give_back_memory()
         return {}
 
     def first_step(self) -> dict:
@@ -51,10 +53,13 @@ class Server:
         is_cold = self.adapter is None
         if is_cold:
             self.adapter = importlib.import_module(self.implementation.module)
-        self.layer = self.adapter.Layer(self.problem, **self.implementation.arguments)
+        if self.layer is None:
+            self.layer = self.adapter.Layer(self.problem, **self.implementation.arguments)
+            self.problem.w_up = self.problem.w_down = None  # the layer has them, or a copy in an order of its own
         self.train_step()
         self.synchronize()
         seconds = time.perf_counter() - began
+        self.give_back_memory()
         return {"seconds": seconds, "cold": is_cold, "version": self.adapter.Layer.version()}
 
     def check(self) -> dict:
@@ -71,6 +76,8 @@ class Server:
             leaf.grad = None
         with torch.inference_mode():
             errors["y, inference"] = self.reference.error_of_output(self.layer.forward())
+        del y, gradients, weight_gradients
+        self.give_back_memory()
         tolerance = TOLERANCE[str(self.problem.dtype).removeprefix("torch.")]
         self.reference = None
         return {"errors": errors, "right": all(error <= tolerance for error in errors.values()), "tolerance": tolerance}
@@ -90,6 +97,7 @@ class Server:
         self.train_step()
         self.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
+        self.give_back_memory()
         return {"activation_mib": activation / 2**20, "peak_mib": peak / 2**20}
 
     def time(self, mode: str, steps: int) -> dict:
@@ -103,7 +111,7 @@ class Server:
     def host(self, calls: int) -> dict:
         """Microseconds of host time of a step whose work on the GPU is next to nothing."""
         kept = self.problem, self.layer
-        self.problem = Problem(HOST_SHAPE, "balanced", self.problem.dtype, self.device)
+        self.problem = Problem(HOST_SHAPE, "balanced", self.dtype, self.device)
         try:
             self.layer = self.adapter.Layer(self.problem, **self.implementation.arguments)
             times = []
