@@ -10,16 +10,17 @@ The candidates, on the same weights, inputs and routing:
     grouped_mm   the same module with experts_implementation="grouped_mm": torch.nn.functional.grouped_mm
 
 Before timing, outputs and all gradients (x, both weights, gates) of each candidate are compared with a loop in float64.
-Times are medians over interleaved, shuffled rounds. Peak memory is measured in a process of its own for each
-candidate: by how much the peak resident set during one forward and backward exceeds what was resident before it, with
-inputs and weights made but no gradients; so it counts outputs, gradients, saved tensors, and the scratch memory of the
-matrix library, whoever allocates it.
+Times are medians over interleaved, shuffled rounds. Peak memory is measured in a process of its own for each candidate: by
+how much the peak resident set during one forward and backward exceeds what was resident before it, with inputs and
+weights made but no gradients, and after a first step that filled the matrix library's cache of kernels; so it counts
+outputs, gradients, saved tensors and scratch memory, whoever allocates it.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -161,16 +162,16 @@ def memory_in_kib(field: str) -> int:
 
 
 def measure_memory(name: str, layer: Layer, tokens: int, dtype: torch.dtype) -> float:
-    """MiB by which the peak resident set during one step exceeds what was resident before it."""
-    # A tiny step first loads the libraries and starts the threads, which is not the layer's memory.
-    make_step(name, Problem(Layer(64, 64, 2, 1), 16, dtype))()
-    step = make_step(name, Problem(layer, tokens, dtype))
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-    except OSError:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        step()
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    """MiB by which the peak resident set during one step exceeds what is resident before it, without gradients."""
+    problem = Problem(layer, tokens, dtype)
+    step = make_step(name, problem)
+    # A first step loads libraries, starts threads and fills oneDNN's cache of compiled kernels, which later steps share.
+    step()
+    for leaf in problem.leaves():
+        leaf.grad = None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the first step freed would hide what the second takes
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
     before = memory_in_kib("VmRSS")
     step()
     return (memory_in_kib("VmHWM") - before) / 1024
@@ -244,7 +245,7 @@ Written by
 Forward and backward of a SwiGLU MoE MLP, sorting of the routing included. `eager` is transformers' loop over experts,
 `grouped_mm` its backend on `torch.nn.functional.grouped_mm`. Medians of {rounds} interleaved, shuffled rounds in one
 process; *speed-up* is the faster of the other two over scattermoe; GFLOP/s are scattermoe's. MiB: by how much the peak
-resident set of a process of its own grows during one forward and backward, gradients included. Outputs and gradients of
+resident set of a process of its own grows during its second forward and backward, gradients included. Outputs and gradients of
 all three were compared with a float64 loop first. E experts of width I, K per token, hidden size H: the proportions of
 Mixtral 8x7B, OLMoE and Qwen3-30B-A3B at hidden size 512.
 

@@ -42,22 +42,27 @@ def interleaved_times(
 ) -> dict[str, list[float]]:
     """Times candidates against each other, in shuffled rounds, on a machine whose speed drifts. One untimed round comes first.
 
+    In a round a candidate is called for half a second, or once where it takes longer, and the median call counts: a layer
+    in a training loop finds caches and memory as its own last step left them, not as another candidate did.
+
     Args:
         candidates: what to call, by name; on a GPU a candidate must synchronise before it returns.
         rounds: how often each candidate is timed.
         seed: of the shuffling.
 
     Returns:
-        seconds of each timed call, by name.
+        seconds of a call in each timed round, by name.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for round_number, name in shuffled_rounds(candidates, rounds + 1, seed):
         gc.collect()
-        began = time.perf_counter()
-        candidates[name]()
-        elapsed = time.perf_counter() - began
+        calls: list[float] = []
+        while sum(calls) < 0.5:
+            began = time.perf_counter()
+            candidates[name]()
+            calls.append(time.perf_counter() - began)
         if round_number > 0:
-            times[name].append(elapsed)
+            times[name].append(statistics.median(calls))
     return times
 
 
