@@ -117,3 +117,30 @@ def assert_close(
     limit = bound(dtype, length, roundings)
     error = row_error(actual, reference, scale)
     assert error <= limit, f"{name}: per-row relative error {error:.3g} is above {limit:.3g} ({dtype}, length {length})"
+
+
+# Whole models: the norm of a tensor's error over the norm of the tensor, since a model mixes everything with everything.
+
+
+def relative_error(actual: Tensor, reference: Tensor) -> float:
+    """||actual - reference|| / ||reference||; infinite where only one of them is zero or finite."""
+    actual, reference = (tensor.detach().to("cpu", torch.float64) for tensor in (actual, reference))
+    assert actual.shape == reference.shape, f"shape {tuple(actual.shape)}, reference {tuple(reference.shape)}"
+    error, size = float((actual - reference).norm()), float(reference.norm())
+    if error == 0.0:
+        return 0.0
+    return error / size if size > 0.0 and math.isfinite(error) else math.inf
+
+
+def model_bound(width: int, layers: int) -> float:
+    """How far two float32 runs of one model may be apart: sums over `width` terms, ten stored results a layer."""
+    return bound(torch.float32, width, 10 * layers)
+
+
+def low_precision_bound(dtype: torch.dtype, peer: float) -> float:
+    """How far a model in `dtype` may be from the same weights in float32, where other right code in `dtype` is `peer` away.
+
+    Two roundings of different luck are within half of each other for tensors of many numbers; a stored result more covers
+    those of few.
+    """
+    return 1.5 * peer + bound(dtype, 1, 1)
