@@ -6,11 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .assignment import expert_capacity, expert_choice, limit_capacity, round_to_tiles
 from .experts import Experts, SharedExpert
 from .losses import BALANCES, MoEAux, router_aux
-from .router import TopKRouter
+from .router import TopKRouter, expert_scores
 
 __all__ = ["MoE", "MoEAux"]
+
+ROUTINGS = ("token_choice", "expert_choice")
+DROPS = ("gate", "position")
 
 
 class MoE(nn.Module):
@@ -37,6 +41,13 @@ class MoE(nn.Module):
         top_groups: how many groups serve a token.
         scale: factor on all gates.
         jitter: multiplicative noise on the router's input in training.
+        routing: ``"token_choice"``: each token picks K experts. ``"expert_choice"``: each expert picks the tokens that score
+            it highest, K experts a token on average; see :func:`scattermoe.expert_choice` for what that is good for.
+        capacity_factor: drop what is beyond ``ceil(T * K / E * capacity_factor)`` slots of an expert; see
+            :func:`scattermoe.limit_capacity`. None drops nothing. Expert choice fills that capacity, and takes None as 1.
+        drop: keep an expert's slots with the highest ``"gate"``, or the first ones by ``"position"``.
+        token_rounding: tile to whose nearest multiple each expert's slots are moved; see :func:`scattermoe.round_to_tiles`.
+        max_experts: slots of a token; for expert choice (E by default) and token rounding (K + 1 by default).
         shared_intermediate_size: width of a shared expert; None for no shared expert.
         shared_gate: scale the shared expert's output by a sigmoid of a learned projection (Qwen2-MoE).
         recompute: keep only the experts' input for backward and compute their pre-activations again: least memory, one more
@@ -61,7 +72,7 @@ class MoE(nn.Module):
 
     Raises:
         ValueError: ``top_k`` above ``num_experts``, an unknown name, groups that do not fit, ``shared_gate`` without a
-            shared expert.
+            shared expert, options of one way of routing with another.
 
     Example::
 
@@ -98,6 +109,11 @@ class MoE(nn.Module):
         top_groups: int = 1,
         scale: float = 1.0,
         jitter: float = 0.0,
+        routing: str = "token_choice",
+        capacity_factor: float | None = None,
+        drop: str = "gate",
+        token_rounding: int | None = None,
+        max_experts: int | None = None,
         shared_intermediate_size: int | None = None,
         shared_gate: bool = False,
         recompute: bool = False,
@@ -112,9 +128,23 @@ class MoE(nn.Module):
             raise ValueError(f"expected balance to be one of {', '.join(BALANCES)}, got {balance!r}")
         if shared_gate and shared_intermediate_size is None:
             raise ValueError("expected shared_intermediate_size with shared_gate=True, got None")
+        if routing == "expert_choice":
+            if normalize_gates or selection_bias or num_groups > 1:
+                raise ValueError(
+                    "expected no normalize_gates, selection_bias or num_groups with routing='expert_choice', which takes "
+                    f"scores as they are, got {normalize_gates}, {selection_bias} and {num_groups}"
+                )
+            capacity_factor = 1.0 if capacity_factor is None else capacity_factor
+            max_experts = num_experts if max_experts is None else max_experts
+        _check_routing(num_experts, top_k, routing, capacity_factor, drop, token_rounding, max_experts)
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
+        self.routing = routing
+        self.capacity_factor = capacity_factor
+        self.drop = drop
+        self.token_rounding = token_rounding
+        self.max_experts = max_experts
         self.aux_losses = aux_losses
         self.balance = balance
         self.init_std = init_std
@@ -198,14 +228,13 @@ class MoE(nn.Module):
             raise ValueError(f"expected x of shape [..., {self.hidden_size}], got {list(x.shape)}")
         leading = x.shape[:-1]
         tokens = x.reshape(-1, self.hidden_size)
-        gates, expert_ids, logits = self.gate(tokens)
         if token_mask is not None:
             if token_mask.shape != leading:
                 raise ValueError(
                     f"expected token_mask.shape == x.shape[:-1], got {list(token_mask.shape)} and {list(leading)}"
                 )
             token_mask = token_mask.bool()
-            expert_ids = expert_ids.where(token_mask.reshape(-1, 1), self.num_experts)
+        logits, chosen, gates, expert_ids = self._assign(tokens, None if token_mask is None else token_mask.reshape(-1))
         routing = functional.route(expert_ids, self.num_experts)
         y = self.experts(tokens, gates, routing)
         if self.shared_expert is not None:
@@ -215,11 +244,60 @@ class MoE(nn.Module):
             y = y + shared
         aux = router_aux(
             logits.reshape((*leading, self.num_experts)),
-            expert_ids.reshape((*leading, self.top_k)),
+            chosen.reshape((*leading, chosen.size(1))),
             routing.expert_offsets,
             scoring=self.gate.scoring,
             balance=self.balance,
             token_mask=token_mask,
             losses=self.aux_losses,
+            changed=chosen is not expert_ids,
         )
         return y.reshape(x.shape), aux
+
+    def _assign(self, tokens: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Logits ``[T, E]``, the experts that the router chose, and the gates and experts that serve the tokens."""
+        capacity = None
+        if self.capacity_factor is not None:
+            count = tokens.size(0) if token_mask is None else token_mask.sum()
+            capacity = expert_capacity(count, self.num_experts, self.top_k, self.capacity_factor)
+        if self.routing == "expert_choice":
+            logits = self.gate.logits(tokens)
+            gates, expert_ids = expert_choice(
+                logits, capacity, self.max_experts, scoring=self.gate.scoring, token_mask=token_mask
+            )
+            return logits, expert_ids, gates * self.gate.scale, expert_ids
+        gates, chosen, logits = self.gate(tokens)
+        if token_mask is not None:
+            chosen = chosen.where(token_mask.unsqueeze(1), self.num_experts)
+        expert_ids = chosen
+        if capacity is not None:
+            expert_ids = limit_capacity(chosen, self.num_experts, capacity, gates if self.drop == "gate" else None)
+        if self.token_rounding is not None:
+            scores = expert_scores(logits, self.gate.scoring) * self.gate.scale
+            gates, expert_ids = round_to_tiles(gates, chosen, scores, self.token_rounding, max_experts=self.max_experts)
+        return logits, chosen, gates, expert_ids
+
+
+def _check_routing(num_experts, top_k, routing, capacity_factor, drop, token_rounding, max_experts) -> None:
+    if routing not in ROUTINGS:
+        raise ValueError(f"expected routing to be one of {', '.join(ROUTINGS)}, got {routing!r}")
+    if drop not in DROPS:
+        raise ValueError(f"expected drop to be one of {', '.join(DROPS)}, got {drop!r}")
+    if capacity_factor is not None and not capacity_factor > 0:
+        raise ValueError(f"expected capacity_factor > 0, got {capacity_factor}")
+    if token_rounding is not None:
+        if token_rounding < 1:
+            raise ValueError(f"expected token_rounding >= 1, got {token_rounding}")
+        if capacity_factor is not None:
+            raise ValueError(
+                f"expected no capacity_factor (expert choice has one) with token_rounding, got {capacity_factor} and "
+                f"{token_rounding}"
+            )
+    if max_experts is not None:
+        if routing == "token_choice" and token_rounding is None:
+            raise ValueError(
+                f"expected max_experts with token_rounding or routing='expert_choice' alone, got {max_experts}"
+            )
+        fewest = top_k if routing == "token_choice" else 1
+        if not fewest <= max_experts <= num_experts:
+            raise ValueError(f"expected max_experts in [{fewest}, {num_experts}], got {max_experts}")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from . import functional
 
-__all__ = ["RouterOutput", "TopKRouter", "update_selection_bias"]
+__all__ = ["RouterOutput", "TopKRouter", "expert_scores", "update_selection_bias"]
 
 SCORINGS = ("softmax", "sigmoid")
 
@@ -27,6 +27,34 @@ class RouterOutput(NamedTuple):
     gates: Tensor
     expert_ids: Tensor
     logits: Tensor
+
+
+def expert_scores(router_logits: Tensor, scoring: str = "softmax") -> Tensor:
+    """A token's score for each expert, of which gates are made: softmax over the experts, or a sigmoid for each.
+
+    Args:
+        router_logits: ``[..., E]``, any floating dtype.
+        scoring: ``"softmax"`` or ``"sigmoid"``.
+
+    Returns:
+        ``[..., E]``, float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: unknown scoring.
+
+    Example::
+
+        >>> import torch
+        >>> from scattermoe.router import expert_scores
+        >>> expert_scores(torch.zeros(1, 4))
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
+    if scoring == "softmax":
+        return logits.softmax(-1)
+    if scoring == "sigmoid":
+        return logits.sigmoid()
+    raise ValueError(f"expected scoring to be one of {', '.join(SCORINGS)}, got {scoring!r}")
 
 
 @torch.no_grad()
