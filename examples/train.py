@@ -9,7 +9,7 @@ never seen beside that of a byte-bigram model, a sample of what it writes, and t
     python examples/train.py --resume              # go on from the last checkpoint of the same output folder
 
 The parts: lm/data.py (text, bigram model), lm/model.py (the model and its presets), lm/training.py (optimiser,
-checkpoints), lm/plots.py (pictures).
+checkpoints), lm/plots.py (the curve).
 """
 
 import argparse
@@ -24,6 +24,8 @@ from lm.data import Corpus, bigram_loss, even_windows, load_corpus
 from lm.model import PRESETS, Config
 from lm.training import Run
 from tqdm import tqdm
+
+import scattermoe
 
 HELD_OUT_BYTES_ALONG = 1 << 13  # measured twenty times along the way
 
@@ -121,7 +123,7 @@ def report(run: Run, corpus: Corpus, options: argparse.Namespace) -> None:
     """Measures the trained model beside the bigram model, prints a sample and draws the pictures."""
     config, folder = run.config, options.out
     inputs, targets = even_windows(corpus.held_out, options.held_out // config.context, config.context)
-    loss, layers = run.evaluate(inputs, targets)
+    loss, loads = run.evaluate(inputs, targets)
     bigram = bigram_loss(corpus.train, inputs, targets)
     print(f"\nloss on {inputs.numel():,} bytes of held-out files:")
     for name, value in (("this model", loss), ("byte bigrams", bigram)):
@@ -136,7 +138,8 @@ def report(run: Run, corpus: Corpus, options: argparse.Namespace) -> None:
 
     title = f"scattermoe: {run.preset} preset, {config.depth} layers, step {run.step}"
     plots.plot_loss(folder / "loss.png", run.history, bigram, loss, title)
-    plots.plot_expert_load(folder / "expert_load.png", layers, inputs, title)
+    if loads:
+        scattermoe.plot_expert_load(loads, title=title).savefig(folder / "expert_load.png")
     (folder / "sample.txt").write_text(text)
     print(f"\nwrote loss.png, expert_load.png, sample.txt and checkpoint.pt in {folder}")
 

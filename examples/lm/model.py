@@ -1,7 +1,6 @@
 """The language model: pre-norm Transformer blocks of Mixture-of-Attention and a Mixture-of-Experts MLP."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,15 +59,6 @@ PRESETS = {
 }
 
 
-class SparseLayer(NamedTuple):
-    """What the router of one sparse layer did with the tokens of one forward pass."""
-
-    name: str  # "attention" or "mlp"
-    top_k: int
-    router_logits: Tensor  # [tokens, experts]
-    expert_load: Tensor  # [experts]
-
-
 class Block(nn.Module):
     """x + MoA(norm(x)), then x + MoE(norm(x))."""
 
@@ -123,7 +113,7 @@ class LanguageModel(nn.Module):
         if self.depth_embedding is not None:
             nn.init.normal_(self.depth_embedding.weight, std=0.1)
 
-    def forward(self, tokens: Tensor, caches: list | None = None) -> tuple[Tensor, list[SparseLayer], Tensor]:
+    def forward(self, tokens: Tensor, caches: list | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Runs the model.
 
         Args:
@@ -131,25 +121,24 @@ class LanguageModel(nn.Module):
             caches: one key-value cache per depth when decoding, as `make_caches` returns.
 
         Returns:
-            logits [batch, length, 256], what each sparse layer did, and the weighted sum of the routers' losses.
+            logits [batch, length, 256]; the load of the experts, [depth, experts], of each kind of layer that has a choice;
+            and the weighted sum of the routers' losses.
         """
         config = self.config
         x = self.embedding(tokens)
-        layers = []
+        loads: dict[str, list[Tensor]] = {"attention": [], "mlp": []}
         router_loss = x.new_zeros((), dtype=torch.float32)
         for depth in range(config.depth):
             if self.depth_embedding is not None:
                 x = x + self.depth_embedding.weight[depth]
             block = self.blocks[depth % len(self.blocks)]
             x, attention_aux, mlp_aux = block(x, None if caches is None else caches[depth])
-            for name, top_k, aux in (
-                ("attention", config.attention_top_k, attention_aux),
-                ("mlp", config.mlp_top_k, mlp_aux),
-            ):
-                layers.append(SparseLayer(name, top_k, aux.router_logits.flatten(0, -2), aux.expert_load))
+            for name, aux in (("attention", attention_aux), ("mlp", mlp_aux)):
+                loads[name].append(aux.expert_load)
                 router_loss = router_loss + config.balance_weight * aux.load_balancing_loss
                 router_loss = router_loss + config.z_weight * aux.z_loss
-        return self.head(self.norm(x)), layers, router_loss
+        stacked = {name: torch.stack(load) for name, load in loads.items() if load[0].numel() > 1}
+        return self.head(self.norm(x)), stacked, router_loss
 
     def make_caches(self, batch_size: int, length: int) -> list:
         """Empty key-value caches for decoding up to `length` tokens: one per depth, even where layers are shared."""

@@ -1,30 +1,15 @@
-"""The two pictures of a training run."""
+"""The picture of a training run."""
 
 import math
-import string
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
-import torch
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 
-from .training import Choices, History
-
-# Groups of byte values a newcomer would expect experts to tell apart.
-BYTE_CLASSES = {
-    "lower case": string.ascii_lowercase,
-    "upper case": string.ascii_uppercase,
-    "digits, _": string.digits + "_",
-    "brackets, quotes": "()[]{}'\"",
-    "other signs": "",  # whatever is left
-    "spaces": " \t",
-    "line ends": "\r\n",
-}
-CLASS_COLORS = ["#4c78a8", "#72b7b2", "#eeca3b", "#e45756", "#b279a2", "#bab0ac", "#59504a"]
+from .training import History
 
 
 def _style() -> None:
@@ -112,65 +97,5 @@ def plot_loss(path: Path, history: History, bigram: float, final: float, title: 
     balance_axes.set_xlabel("step")
     balance_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     balance_axes.grid(axis="y", alpha=0.25)
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def _class_of_bytes() -> Tensor:
-    """The index into BYTE_CLASSES of each byte value, int64 [256]."""
-    classes = list(BYTE_CLASSES)
-    table = torch.full((256,), classes.index("other signs"))
-    for index, members in enumerate(BYTE_CLASSES.values()):
-        for character in members:
-            table[ord(character)] = index
-    return table
-
-
-def plot_expert_load(path: Path, layers: list[Choices], inputs: Tensor, title: str) -> None:
-    """Draws, for each sparse layer, the share of the choices each expert got and what kinds of bytes they were.
-
-    Args:
-        path: the PNG to write.
-        layers: what was chosen in each sparse layer; those with a single expert are left out.
-        inputs: the bytes the choices were made at, int64 of `tokens` elements.
-        title: the figure's title.
-    """
-    _style()
-    byte_class = _class_of_bytes()[inputs.reshape(-1)]
-    columns = {
-        kind: [layer for layer in layers if layer.name == kind and layer.num_experts > 1]
-        for kind in ("attention", "mlp")
-    }
-    columns = {kind: column for kind, column in columns.items() if column}
-    if not columns:
-        return
-    depth = max(map(len, columns.values()))
-    figure, axes = plt.subplots(
-        depth, len(columns), figsize=(10, 0.9 + 1.5 * depth), squeeze=False, sharey="col", constrained_layout=True
-    )
-    for column, (kind, kind_layers) in enumerate(columns.items()):
-        for row, (_, count, chosen) in enumerate(kind_layers):
-            panel = axes[row, column]
-            cells = byte_class[:, None] * count + chosen
-            load = torch.bincount(cells.reshape(-1), minlength=len(BYTE_CLASSES) * count)
-            share = 100 * load.view(len(BYTE_CLASSES), count).double() / chosen.numel()  # [classes, experts]
-            bottom = torch.zeros(count, dtype=torch.double)
-            for index, (label, color) in enumerate(zip(BYTE_CLASSES, CLASS_COLORS, strict=True)):
-                panel.bar(range(count), share[index], bottom=bottom, color=color, width=0.82, label=label)
-                bottom += share[index]
-            panel.axhline(100 / count, color="black", linestyle=":", linewidth=1)
-            panel.set_xticks(range(count))
-            panel.tick_params(axis="x", length=0, labelsize=8)
-            panel.set_xlim(-0.6, count - 0.4)
-            if column == 0:
-                panel.set_ylabel(f"layer {row + 1}\n% of slots")
-            if row == 0:
-                name = "attention experts" if kind == "attention" else "MLP experts"
-                panel.set_title(f"{name} (each token takes {chosen.shape[1]} of {count})")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    handles.append(plt.Line2D([], [], color="black", linestyle=":", linewidth=1))
-    labels.append("an even share")
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, columnspacing=1.2)
-    figure.suptitle(title, x=0.01, ha="left", weight="bold")
     figure.savefig(path)
     plt.close(figure)

@@ -5,14 +5,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import scattermoe
+
 from .data import VOCABULARY, random_batch
-from .model import Config, LanguageModel, SparseLayer
+from .model import Config, LanguageModel
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -20,26 +21,13 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().view(-1, VOCABULARY), targets.reshape(-1))
 
 
-def balance(layers: list[SparseLayer]) -> float:
+def balance(loads: dict[str, Tensor]) -> float:
     """How evenly experts are used: the effective number of experts, exp(entropy of the load), over the real number.
 
     1 is an even load, 1/E everything on one expert; the mean over layers that have a choice.
     """
-    shares = []
-    for layer in layers:
-        load = layer.expert_load.detach().double()
-        if load.numel() > 1:
-            share = load / load.sum()
-            shares.append(torch.special.entr(share).sum().exp() / load.numel())
-    return torch.stack(shares).mean().item() if shares else 1.0
-
-
-class Choices(NamedTuple):
-    """Which experts the tokens of some text chose in one sparse layer."""
-
-    name: str  # "attention" or "mlp"
-    num_experts: int
-    experts: Tensor  # int64 [tokens, top_k]
+    layers = [scattermoe.load_statistics(load).effective / load.size(-1) for load in loads.values()]
+    return torch.cat(layers).mean().item() if layers else 1.0
 
 
 @dataclass
@@ -105,7 +93,7 @@ class Run:
             group["lr"] = self.learning_rate(self.step)
         self.forward.train()
         with self.autocast():
-            logits, layers, router_loss = self.forward(inputs)
+            logits, loads, router_loss = self.forward(inputs)
             loss = cross_entropy(logits, targets)
         (loss + router_loss).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -113,28 +101,24 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.history.train_loss.append(loss.item())
-        self.history.balance.append(balance(layers))
+        self.history.balance.append(balance(loads))
 
     @torch.no_grad()
-    def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[float, list[Choices]]:
+    def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[float, dict[str, Tensor]]:
         """Measures the model on text it does not train on.
 
         Returns:
-            the mean nats per byte, and what the tokens chose in each sparse layer, in the order of `inputs`.
+            the mean nats per byte, and the load of the experts [depth, experts] of each kind of layer.
         """
         self.forward.eval()
         total = 0.0
-        chosen: list[list[Tensor]] = []
+        loads: dict[str, Tensor] = {}
         for chunk_inputs, chunk_targets in self._chunks(inputs, targets):
             with self.autocast():
-                logits, layers, _ = self.forward(chunk_inputs.to(self.device))
+                logits, chunk_loads, _ = self.forward(chunk_inputs.to(self.device))
             total += cross_entropy(logits, chunk_targets.to(self.device)).item() * chunk_inputs.numel()
-            chosen.append([layer.router_logits.topk(layer.top_k, dim=-1).indices.cpu() for layer in layers])
-        choices = [
-            Choices(layer.name, layer.router_logits.shape[-1], torch.cat(experts))
-            for layer, experts in zip(layers, zip(*chosen, strict=True), strict=True)
-        ]
-        return total / inputs.numel(), choices
+            loads = {name: load + loads.get(name, 0) for name, load in chunk_loads.items()}
+        return total / inputs.numel(), loads
 
     def _chunks(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(inputs.split(self.config.batch_size), targets.split(self.config.batch_size), strict=True)
