@@ -24,6 +24,18 @@ _FUNCTIONS = {
     F.relu: "relu",
     torch.relu: "relu",
 }
+# Modules by their class's full name, which a library that need not be there can have as well.
+_MODULES = {
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.linear.Identity": "identity",
+    "transformers.activations.SiLUActivation": "silu",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.ReLUSquaredActivation": "relu2",
+    "transformers.activations.LinearActivation": "identity",
+}
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -121,7 +133,7 @@ def _module_name(module: nn.Module) -> str | None:
     kind = type(module)
     if kind is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
-    return {nn.SiLU: "silu", nn.ReLU: "relu", nn.Identity: "identity"}.get(kind)
+    return _MODULES.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 def apply_activation(

@@ -6,6 +6,7 @@ sorted by expert. No function moves tokens from one order to the other: they mov
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -173,7 +174,7 @@ def moe_mlp(
     w_down: Tensor,
     gates: Tensor,
     routing: Routing,
-    activation: str = "swiglu",
+    activation: str | Callable[[Tensor], Tensor] = "swiglu",
     glu_layout: str = "gate_up",
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -195,22 +196,25 @@ def moe_mlp(
         gates: ``[T, K]``, any floating dtype; float32 gates are not rounded, and get a float32 gradient.
         routing: from :func:`route`.
         activation: gated: ``swiglu``, ``geglu``, ``geglu_tanh``, ``reglu``, ``swiglu_clamped`` (gpt-oss); plain: ``silu``,
-            ``gelu``, ``gelu_tanh``, ``relu``, ``relu2``, ``identity``.
-        glu_layout: the order of ``w_up``'s rows where the activation is gated: ``gate_up`` (Hugging Face), ``up_gate``
+            ``gelu``, ``gelu_tanh``, ``relu``, ``relu2``, ``identity``. Or any function of ``[S, N]`` pre-activations, ``N`` the
+            rows of ``w_up``, to ``[S, I]``: it runs between two :func:`parallel_linear` and a :func:`combine`, which keep
+            what PyTorch keeps for such a chain and can be differentiated twice.
+        glu_layout: the order of ``w_up``'s rows where a named activation is gated: ``gate_up`` (Hugging Face), ``up_gate``
             (ScatterMoE) or ``interleaved`` (gpt-oss).
         up_bias: ``[E, 2 * I]`` or ``[E, I]``, or None.
         down_bias: ``[E, H']`` or None.
         alpha: slope of ``swiglu_clamped``.
         limit: clamp of ``swiglu_clamped``.
         recompute: keep ``x`` alone and compute the pre-activations again in backward: ``T * H`` saved elements instead of
-            ``T * H + T * K * 2 * I``, for one more product.
+            ``T * H + T * K * 2 * I``, for one more product. For named activations.
 
     Returns:
         ``[T, H']`` in the dtype of ``x``.
 
     Raises:
         TypeError: a dtype that does not fit.
-        ValueError: shapes or devices that do not fit, or an unknown ``activation`` or ``glu_layout``.
+        ValueError: shapes or devices that do not fit, an unknown ``activation`` or ``glu_layout``, or ``recompute`` with a
+            function as activation.
 
     Example:
         >>> import torch, scattermoe
@@ -220,6 +224,12 @@ def moe_mlp(
         >>> scattermoe.moe_mlp(x, w_up, w_down, gates, routing).shape
         torch.Size([5, 8])
     """
+    if callable(activation):
+        if recompute:
+            raise ValueError("moe_mlp: expected a named activation with recompute=True, got a function")
+        h = activation(parallel_linear(x, w_up, routing, bias=up_bias, grouped_out=True))
+        rows = parallel_linear(h, w_down, routing, bias=down_bias, grouped_in=True, grouped_out=True)
+        return combine(rows, gates, routing)
     return torch.ops.scattermoe.moe_mlp(
         x,
         w_up,

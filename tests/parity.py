@@ -196,15 +196,22 @@ class Routing(TorchFunctionMode):
         self.replayed = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in (torch.topk, torch.Tensor.topk):
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        gating = torch.ops.scattermoe.topk_gating
+        if func not in (torch.topk, torch.Tensor.topk, gating):
+            return func(*args, **kwargs)
         if self.replayed is None:
-            result = func(*args, **(kwargs or {}))
-            self.chosen.append(result.indices)
+            result = func(*args, **kwargs)
+            self.chosen.append(result[1])
             return result
         indices = self.chosen[self.replayed]
         self.replayed += 1
-        return torch.return_types.topk((args[0].gather(kwargs.get("dim", -1) if kwargs else -1, indices), indices))
+        if func is not gating:
+            return torch.return_types.topk((args[0].gather(kwargs.get("dim", -1), indices), indices))
+        logits, _, scoring, normalize, _, _, _, scale = args
+        scores = logits.float().softmax(-1) if scoring == "softmax" else logits.float().sigmoid()
+        gates = scores.gather(-1, indices)
+        return scale * (gates / gates.sum(-1, keepdim=True) if normalize else gates), indices
 
 
 class Step(NamedTuple):

@@ -305,19 +305,19 @@ def test_gradients_of_weights_have_their_strides(device: str, weight_layout: str
             assert weight.grad.is_contiguous()
 
 
-def test_equals_its_parts(device: str) -> None:
-    # The composed form that a callable activation takes in the ScatterMoE-compatible modules.
+def test_a_function_as_activation(device: str) -> None:
     tensors = mlp_tensors(Mlp(), 4)
     x, w_up, b_up, w_down, b_down, gates = (to_device(t, device).requires_grad_() for t in tensors.values())
     inputs = [x, w_up, b_up, w_down, b_down, gates]
     routing = scattermoe.route(make_ids(11, 2, 5, "sentinels", 4).to(device), 5)
-    fused = scattermoe.moe_mlp(x, w_up, w_down, gates, routing, up_bias=b_up, down_bias=b_down)
-    z = scattermoe.parallel_linear(x, w_up, routing, bias=b_up, grouped_out=True)
-    gate, up = z.chunk(2, dim=1)
-    rows = scattermoe.parallel_linear(
-        torch.nn.functional.silu(gate) * up, w_down, routing, bias=b_down, grouped_in=True, grouped_out=True
-    )
-    composed = scattermoe.combine(rows, gates, routing)
+
+    def swiglu(z: torch.Tensor) -> torch.Tensor:
+        gate, up = z.chunk(2, dim=1)
+        return torch.nn.functional.silu(gate) * up
+
+    options = {"up_bias": b_up, "down_bias": b_down}
+    fused = scattermoe.moe_mlp(x, w_up, w_down, gates, routing, "swiglu", **options)
+    composed = scattermoe.moe_mlp(x, w_up, w_down, gates, routing, swiglu, **options)
     torch.testing.assert_close(fused, composed)
     for a, b in zip(
         torch.autograd.grad(fused.square().sum(), inputs),
@@ -325,3 +325,5 @@ def test_equals_its_parts(device: str) -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="named activation with recompute=True"):
+        scattermoe.moe_mlp(x, w_up, w_down, gates, routing, swiglu, recompute=True)

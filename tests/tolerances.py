@@ -140,7 +140,6 @@ def model_bound(width: int, layers: int) -> float:
 def low_precision_bound(dtype: torch.dtype, peer: float) -> float:
     """How far a model in `dtype` may be from the same weights in float32, where other right code in `dtype` is `peer` away.
 
-    Two roundings of different luck are within half of each other for tensors of many numbers; a stored result more covers
-    those of few.
+    Roundings of different luck are within a factor of two of each other; one stored result more covers tensors of few numbers.
     """
-    return 1.5 * peer + bound(dtype, 1, 1)
+    return 2.0 * peer + bound(dtype, 1, 1)
