@@ -97,8 +97,8 @@ class _ExpertMLP(nn.Module):
 
 
 def _is_bare(experts: nn.Module) -> bool:
-    # A wrapped, subclassed or hooked layer (adapters, parametrisations, sharding) must be called to have its effect.
-    return type(experts) is ParallelExperts and not (
+    # A wrapped or hooked layer, or one with a forward of its own (adapters, sharding), must be called to have its effect.
+    return type(experts).forward is ParallelExperts.forward and not (
         experts._forward_hooks or experts._forward_pre_hooks or experts._backward_hooks or experts._backward_pre_hooks
     )
 

@@ -1,0 +1,114 @@
+"""Experts whose weights are stacked in memory and apart in the state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..experts import Experts
+
+__all__ = ["ExpertLayout", "StackedExperts"]
+
+
+class ExpertLayout(NamedTuple):
+    """Where an expert keeps its layers.
+
+    Attributes:
+        up: names of the layers that make the up-projection's rows, the gate's before the others'.
+        down: name of the layer that returns to the hidden size.
+    """
+
+    up: tuple[str, ...]
+    down: str
+
+
+class StackedExperts(Experts):
+    """:class:`scattermoe.Experts` with the state dict of a container of single experts.
+
+    Args:
+        container: the experts; they stay as they are until :meth:`take_weights`.
+        layout: where an expert keeps its layers.
+        activation: as for :class:`scattermoe.Experts`.
+    """
+
+    def __init__(self, container: nn.Module, layout: ExpertLayout, activation: str) -> None:
+        self._keys = list(container._modules)
+        self._order = list(container.state_dict())
+        self._layout = layout
+        first = container._modules[self._keys[0]]
+        down = first.get_submodule(layout.down)
+        options = {
+            "activation": activation,
+            "bias": down.bias is not None,
+            "device": "meta",
+            "dtype": down.weight.dtype,
+        }
+        super().__init__(len(self._keys), down.out_features, down.in_features, **options)
+        self.train(container.training)
+        self._source: list[nn.Module] = [container]  # in a list, so that it is no submodule
+        for name, parameter in self.named_parameters(recurse=False):
+            parameter.requires_grad_(next(self._pieces(name))[1].requires_grad)
+
+    def _pieces(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each part of a stacked parameter, on the way to be copied, with the expert's own parameter."""
+        for key, part in self._parts(name, getattr(self, name)):
+            yield part, self._source[0].get_parameter(key)
+
+    def _parts(self, name: str, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Names in the state dict, and views of the stacked parameter that belong there."""
+        layers = (self._layout.down,) if name.startswith("down") else self._layout.up
+        kind = "bias" if name.endswith("bias") else "weight"
+        for key, matrix in zip(self._keys, stacked, strict=True):
+            for layer, part in zip(layers, matrix.chunk(len(layers)), strict=True):
+                yield f"{key}.{layer}.{kind}", part
+
+    @torch.no_grad()
+    def take_weights(self) -> None:
+        """Move the experts' weights here: afterwards their own parameters are views of the stacked ones."""
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            device = next(self._pieces(name))[1].device
+            stacked = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
+            setattr(self, name, stacked)
+            for part, own in self._pieces(name):
+                part.copy_(own)
+                own.data = part.data
+        del self._source
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        parts: dict[str, Tensor] = {}
+        for name, parameter in self.named_parameters(recurse=False):
+            parts.update(self._parts(name, parameter if keep_vars else parameter.detach()))
+        destination.update((prefix + key, parts[key]) for key in self._order)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name, parameter in self.named_parameters(recurse=False):
+            parts = []
+            for key, part in self._parts(name, parameter.detach()):
+                given = state_dict.pop(prefix + key, None)
+                if given is None:
+                    missing_keys.append(prefix + key)
+                elif given.shape != part.shape:
+                    error_msgs.append(
+                        f"size mismatch for {prefix + key}: expected {list(part.shape)}, got {list(given.shape)}"
+                    )
+                else:
+                    part = given
+                parts.append(part)
+            layers = len(parts) // self.num_experts
+            grouped = [torch.cat(parts[at : at + layers]) for at in range(0, len(parts), layers)]
+            state_dict[prefix + name] = torch.stack([piece.to(grouped[0].device) for piece in grouped])
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
