@@ -1,7 +1,7 @@
 """Swaps scattermoe into an existing PyTorch model: the same weights, the same numbers, less time.
 
-The model is as one finds it: a mixture of experts written as a loop over modules. `swap` replaces each such layer by a
-`scattermoe.MoE` that holds the same weights, stacked; the rest of the model stays as it is. Outputs and gradients are
+The model is as one finds it: a mixture of experts written as a loop over modules. `scattermoe.replace_moe` finds these
+layers, stacks their weights and runs them on scattermoe; the rest of the model stays as it is. Outputs and gradients are
 compared before and after.
 
     python examples/swap_into_model.py
@@ -65,52 +65,6 @@ class Model(nn.Module):
         return x
 
 
-# ---- The swap --------------------------------------------------------------------------------------------------------
-
-
-class SwappedMoE(nn.Module):
-    """`scattermoe.MoE` where a module is expected that returns its output alone."""
-
-    def __init__(self, moe: scattermoe.MoE) -> None:
-        super().__init__()
-        self.moe = moe
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.moe(x)[0]
-
-
-@torch.no_grad()
-def from_loop(loop: LoopMoE) -> SwappedMoE:
-    """A `scattermoe.MoE` with the weights of `loop`, expert after expert: [E, out, in], the gate's rows before the up's."""
-    first = loop.experts[0]
-    moe = scattermoe.MoE(
-        hidden_size=first.gate.in_features,
-        intermediate_size=first.gate.out_features,
-        num_experts=len(loop.experts),
-        top_k=loop.top_k,
-        activation="swiglu",
-        normalize_gates=True,
-        aux_losses=False,
-        device=first.gate.weight.device,
-        dtype=first.gate.weight.dtype,
-    )
-    moe.gate.weight.copy_(loop.router.weight)
-    moe.experts.gate_up_proj.copy_(
-        torch.stack([torch.cat((expert.gate.weight, expert.up.weight)) for expert in loop.experts])
-    )
-    moe.experts.down_proj.copy_(torch.stack([expert.down.weight for expert in loop.experts]))
-    return SwappedMoE(moe)
-
-
-def swap(module: nn.Module) -> None:
-    """Replaces every `LoopMoE` inside `module`, in place."""
-    for name, child in module.named_children():
-        if isinstance(child, LoopMoE):
-            setattr(module, name, from_loop(child))
-        else:
-            swap(child)
-
-
 # ---- The comparison --------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +90,8 @@ def main() -> None:
 
     forward_and_backward(model, x)  # the first call of anything is slow
     y, grad, milliseconds = forward_and_backward(model, x)
-    swap(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    print(scattermoe.replace_moe(model))
     forward_and_backward(model, x)
     swapped_y, swapped_grad, swapped_milliseconds = forward_and_backward(model, x)
 
@@ -148,6 +103,8 @@ def main() -> None:
     torch.testing.assert_close(swapped_y, y, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(swapped_grad, grad, rtol=1e-4, atol=1e-7)
     print("the same numbers")
+    model.load_state_dict(state)
+    print("checkpoints of the old model load into the new one")
 
 
 if __name__ == "__main__":

@@ -57,10 +57,6 @@ def check_experts(block: nn.Module, name: str) -> None:
                         f"expected one {rule} for all experts, got {getattr(twin, rule)} and {getattr(parameter, rule)} "
                         f"as {where}.{path}"
                     )
-            if parameter.grad is not None:
-                raise CannotReplace(
-                    f"expected parameters without gradients, got one on {where}.{path}: zero_grad() first"
-                )
     if len({linear.bias is not None for linear in _linears(first).values()}) != 1:
         raise CannotReplace("expected a bias on all of an expert's layers or on none")
 

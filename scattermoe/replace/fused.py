@@ -59,12 +59,12 @@ class _FusedExperts(nn.Module):
 
 
 def _up_name(module: nn.Module) -> str | None:
-    return next((name for name in ("gate_up_proj", "up_proj") if name in module._parameters), None)
+    return next((name for name in ("gate_up_proj", "up_proj") if module._parameters.get(name) is not None), None)
 
 
 def _is_fused(module: nn.Module) -> bool:
     name = _up_name(module)
-    if name is None or "down_proj" not in module._parameters or takes_interface(module):
+    if name is None or module._parameters.get("down_proj") is None or takes_interface(module):
         return False
     return module._parameters[name].dim() == 3 and len(inspect.signature(module.forward).parameters) == 3
 

@@ -67,7 +67,7 @@ class StackedExperts(Experts):
 
     @torch.no_grad()
     def take_weights(self) -> None:
-        """Move the experts' weights here: afterwards their own parameters are views of the stacked ones."""
+        """Move the experts' weights and gradients here: afterwards their own parameters are views of the stacked ones."""
         for name, parameter in list(self.named_parameters(recurse=False)):
             device = next(self._pieces(name))[1].device
             stacked = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
@@ -75,6 +75,11 @@ class StackedExperts(Experts):
             for part, own in self._pieces(name):
                 part.copy_(own)
                 own.data = part.data
+            if any(own.grad is not None for _, own in self._pieces(name)):
+                stacked.grad = torch.zeros_like(stacked)
+                for (_, part), (_, own) in zip(self._parts(name, stacked.grad), self._pieces(name), strict=True):
+                    if own.grad is not None:
+                        part.copy_(own.grad)
         del self._source
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

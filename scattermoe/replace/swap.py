@@ -32,7 +32,7 @@ _OURS = (
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # What a mixture of experts that no block type matches is called.
 _NO_TYPE = "expected a known block type: register_block adds one"
-_UNKNOWN = re.compile(r"(MoE|MOE|Moe|Experts|SparseMLP|(MoE|Moe)(Block|Layer|MLP))$")
+_UNKNOWN = re.compile(r"(MoE|MOE|Moe|Experts|SparseMLP|(MoE|Moe)(Block|Layer))$")
 
 
 def replace_moe(model: nn.Module, *, strict: bool = True) -> ReplaceReport:
