@@ -124,15 +124,17 @@ def parallel_linear(
             "parallel_linear: expected routing to be a Routing from scattermoe.route(expert_ids, num_experts), got an int; "
             "the signature of ScatterMoE 0.3 (x, weight, k, ...) is scattermoe.parallel_experts.parallel_linear"
         )
+    # Read from the field: Dynamo of PyTorch 2.9 does not compare what a NamedTuple's property returns.
+    num_tokens, top_k = routing.slot_position.shape
     # One row a token where that is how many there are; with K = 1 both readings agree.
-    top_k = routing.top_k if not grouped_in and x.shape[0] == routing.num_tokens else 1
+    slots_per_row = top_k if not grouped_in and x.shape[0] == num_tokens else 1
     return torch.ops.scattermoe.parallel_linear(
         x,
         weight,
         bias,
         routing.slot_order,
         routing.expert_offsets,
-        top_k,
+        slots_per_row,
         grouped_in,
         grouped_out,
         _switches.ALLOW_TF32,
