@@ -41,6 +41,15 @@ def test_swap_into_model():
     assert "the same numbers" in run_example("swap_into_model.py")
 
 
+def test_finetune_transformers(tmp_path):
+    pytest.importorskip("transformers")
+    short = ("--batch-size", "2", "--length", "32", "--device", "cpu", "--save", str(tmp_path))
+    printed = run_example("finetune_transformers.py", "--steps", "4", *short)
+    assert "on grouped_mm" in printed and "tokens per second" in printed
+    printed = run_example("finetune_transformers.py", "--steps", "1", "--model", str(tmp_path), *short)
+    assert "on scattermoe" in printed
+
+
 @pytest.mark.parametrize(
     "arguments",
     [("--preset", "switch", "--dtype", "bfloat16"), ("--preset", "universal")],
