@@ -234,9 +234,11 @@ def round_to_tiles(
     if extra > 0:
         # Every expert but the chosen ones, the best first; the column of the sentinel is for the slots of no expert.
         taken = ids.new_zeros(num_tokens, num_experts + 1, dtype=torch.bool).scatter(1, ids, True)[:, :num_experts]
-        best = scores.detach().masked_fill(taken, -math.inf).sort(dim=1, descending=True, stable=True).indices[:, :extra]
-        more = best.where(valid.any(1, keepdim=True) & ~taken.gather(1, best), num_experts)
-        more_gates = scores.gather(1, best).where(more < num_experts, 0).to(gates.dtype)
+        best = (
+            scores.detach().masked_fill(taken, -math.inf).sort(dim=1, descending=True, stable=True).indices[:, :extra]
+        )
+        more = best.where(valid.any(1, keepdim=True), num_experts)
+        more_gates = scores.gather(1, best).to(gates.dtype)
         ids, gates = torch.cat((ids, more), 1), torch.cat((gates, more_gates), 1)
         # Own choices come before extra slots, whatever their gates.
         slots = torch.arange(ids.numel(), device=ids.device).view_as(ids)
