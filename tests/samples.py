@@ -111,6 +111,9 @@ def op_samples(device: str) -> list[tuple[str, str, tuple[Any, ...]]]:
                 *(grad, x, w_up, w_down, b_down, gates, z, *indices, *settings, mask),
             )
         add("_moe_mlp_forward", label, *tensors, *indices, *settings)
+        hidden = torch.ops.scattermoe._activation(z, *settings[:4])
+        add("_activation", label, z, *settings[:4])
+        add("_activation_backward", label, hidden, z, gates, indices.slot_order, indices.expert_offsets, *settings[:4])
         leaves = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
         add("moe_mlp", label, *leaves, *indices, *settings)
         add("moe_mlp", f"{label} recompute", *leaves, *indices, *settings, True)

@@ -18,6 +18,8 @@ OPS = {
     "moe_mlp",
     "_moe_mlp_forward",
     "_moe_mlp_backward",
+    "_activation",
+    "_activation_backward",
     "topk_gating",
     "_topk_gating_backward",
 }

@@ -42,10 +42,16 @@ FLOOR = 0.25
 #   combine: the result itself.
 #   moe_mlp forward: z, A (z counts twice: a product of two rounded halves), the rows of the down-projection, y.
 #   moe_mlp backward: grad y is exact; dA', z (twice), dz or g*A, and the gradient; grad x has one more for the rows summed.
+#   lora: as moe_mlp, and on either side of the activation the rows of rank r, their product and the sum that it goes into.
 ROUNDINGS = {
     "parallel_linear": {"y": 1, "x": 2, "weight": 1, "bias": 1},
     "combine": {"y": 1, "rows": 1, "gates": 1},
     "moe_mlp": {"y": 5, "z": 1, "x": 6, "w_up": 5, "b_up": 5, "w_down": 5, "b_down": 2, "gates": 5},
+    "lora_linear": {"y": 3, "x": 4, "weight": 1, "bias": 1, "a": 3, "b": 3},
+    "lora": {
+        **{"y": 9, "x": 10, "w_up": 9, "b_up": 9, "w_down": 9, "b_down": 2, "gates": 9},
+        **{"up_a": 10, "up_b": 10, "down_a": 10, "down_b": 10},
+    },
     "topk_gating": {"gates": 2, "logits": 2},
 }
 

@@ -8,6 +8,7 @@
 
 #include "../checks.h"
 #include "../combine.h"
+#include "activation.h"
 #include "expert_schedule.h"
 #include "grouping.h"
 #include "memory.h"
@@ -18,28 +19,8 @@ namespace scattermoe {
 
 namespace {
 
-constexpr int64_t kElementsPerTask = 1 << 13;
-
-int64_t rows_per_task(int64_t width) {
-    return std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, width));
-}
-
 std::optional<at::Tensor> select_expert(const std::optional<at::Tensor>& bias, int64_t expert) {
     return has_value(bias) ? std::optional<at::Tensor>(bias->select(0, expert)) : std::nullopt;
-}
-
-// hidden = act(z), row by row
-void apply_activation(const ActivationParams& params, const at::Tensor& hidden, const at::Tensor& z) {
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, z.scalar_type(), "moe_mlp", [&] {
-        scalar_t* h = hidden.mutable_data_ptr<scalar_t>();
-        const scalar_t* z_ = z.const_data_ptr<scalar_t>();
-        const int64_t h_width = hidden.size(1), z_width = z.size(1);
-        at::parallel_for(0, z.size(0), rows_per_task(z_width), [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) {
-                cpu::activation_forward<scalar_t>(params, h + i * h_width, z_ + i * z_width, h_width);
-            }
-        });
-    });
 }
 
 // Writes the pre-activations to z where it is defined, and returns y.
@@ -63,7 +44,7 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& w_up, const std::optio
         const at::Tensor expert_h = scratch.take(count, hidden);
         cpu::gather_rows(expert_x, rows, grouping.slots(begin), top_k);
         cpu::matmul(expert_z, expert_x, w_up.select(0, expert).t(), select_expert(b_up, expert));
-        apply_activation(params, expert_h, expert_z);
+        cpu::apply_activation(params, expert_h, expert_z);
         cpu::matmul(slot_y.narrow(0, begin, count), expert_h, w_down.select(0, expert).t(),
                     select_expert(b_down, expert));
     });
@@ -110,7 +91,7 @@ void backward_rows(const ActivationParams& params, const at::Tensor& dz, const a
     const T* dh_ = dh.const_data_ptr<T>();
     const T* grad_ = grad.const_data_ptr<T>();
     const T* bias = b_down.has_value() && grad_gates ? b_down->const_data_ptr<T>() : nullptr;
-    at::parallel_for(0, z.size(0), rows_per_task(z_width), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, z.size(0), cpu::rows_per_task(z_width), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int32_t slot = slots[i];
             const cpu::Compute<T> dgate =
