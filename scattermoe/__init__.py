@@ -21,9 +21,9 @@ from .router import TopKRouter, expert_scores, update_selection_bias  # noqa: E4
 __version__: str = _C.build_info()["version"]
 
 __all__ = [
-    "CannotReplace",
     "GLUMLP",
     "MLP",
+    "CannotReplace",
     "Experts",
     "KVCache",
     "LoadStatistics",
@@ -51,9 +51,9 @@ __all__ = [
     "parallel_experts",
     "parallel_linear",
     "plot_expert_load",
-    "round_to_tiles",
     "register_block",
     "replace_moe",
+    "round_to_tiles",
     "route",
     "router_z_loss",
     "topk_gating",

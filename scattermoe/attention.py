@@ -11,9 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import functional
 from .cache import KVCache, StaticKVCache
-from .losses import BALANCES, MoEAux, router_aux
+from .experts import ExpertParameters, initialize
+from .losses import MoEAux
 from .rotary import apply_rotary, rotary_embedding
-from .router import TopKRouter
+from .routed import RoutedLayer
 
 __all__ = ["JETMOE_KEYS", "AttentionExperts", "MixtureOfAttention"]
 
@@ -27,7 +28,7 @@ JETMOE_KEYS = {
 }
 
 
-class AttentionExperts(nn.Module):
+class AttentionExperts(ExpertParameters):
     """The per-expert query and output projections of :class:`MixtureOfAttention`.
 
     Args:
@@ -71,23 +72,14 @@ class AttentionExperts(nn.Module):
         self.hidden_size = hidden_size
         self.inner_size = inner_size
         self.init_std = init_std
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-        self.q_proj = parameter(num_experts, inner_size, hidden_size)
-        self.o_proj = parameter(num_experts, hidden_size, inner_size)
-        self.register_parameter("q_proj_bias", parameter(num_experts, inner_size) if bias else None)
-        self.register_parameter("o_proj_bias", parameter(num_experts, hidden_size) if bias else None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights from a normal distribution of standard deviation ``init_std`` and zero the biases."""
-        for name, parameter in self.named_parameters(recurse=False):
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.normal_(parameter, std=self.init_std)
+        self._create(
+            device,
+            dtype,
+            q_proj=(num_experts, inner_size, hidden_size),
+            o_proj=(num_experts, hidden_size, inner_size),
+            q_proj_bias=(num_experts, inner_size) if bias else None,
+            o_proj_bias=(num_experts, hidden_size) if bias else None,
+        )
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(module)``."""
@@ -121,7 +113,7 @@ class AttentionExperts(nn.Module):
         return functional.combine(rows, gates, routing)
 
 
-class MixtureOfAttention(nn.Module):
+class MixtureOfAttention(RoutedLayer):
     """Attention whose query heads are chosen per token by a router.
 
     Each of the E experts owns ``num_kv_heads`` query heads and their part of the output projection; a token uses K experts,
@@ -217,29 +209,13 @@ class MixtureOfAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         if num_kv_heads < 1 or head_dim < 1:
             raise ValueError(f"expected num_kv_heads and head_dim >= 1, got {num_kv_heads} and {head_dim}")
         if rope_theta is not None and head_dim % 2:
             raise ValueError(f"expected an even head_dim for rotary positions, got {head_dim}")
         if not 0 <= dropout < 1:
             raise ValueError(f"expected 0 <= dropout < 1, got {dropout}")
-        if balance not in BALANCES:
-            raise ValueError(f"expected balance to be one of {', '.join(BALANCES)}, got {balance!r}")
-        self.hidden_size = hidden_size
-        self.num_experts = num_experts
-        self.top_k = top_k
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
-        self.causal = causal
-        self.rope_theta = rope_theta
-        self.dropout = dropout
-        self.attention_scale = head_dim**-0.5 if attention_scale is None else attention_scale
-        self.aux_losses = aux_losses
-        self.balance = balance
-        self.init_std = init_std
-        inner_size = num_kv_heads * head_dim
-        self.gate = TopKRouter(
+        super().__init__(
             hidden_size,
             num_experts,
             top_k,
@@ -251,10 +227,19 @@ class MixtureOfAttention(nn.Module):
             scale=scale,
             jitter=jitter,
             bias=router_bias,
+            aux_losses=aux_losses,
+            balance=balance,
             init_std=init_std,
             device=device,
             dtype=dtype,
         )
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.causal = causal
+        self.rope_theta = rope_theta
+        self.dropout = dropout
+        self.attention_scale = head_dim**-0.5 if attention_scale is None else attention_scale
+        inner_size = num_kv_heads * head_dim
         self.experts = AttentionExperts(
             num_experts, hidden_size, inner_size, bias=expert_bias, init_std=init_std, device=device, dtype=dtype
         )
@@ -263,11 +248,6 @@ class MixtureOfAttention(nn.Module):
         self.register_parameter("bias", output_bias)
         self._reset_own_parameters()
 
-    @property
-    def router(self) -> TopKRouter:
-        """The router, which the state dict calls ``gate``, as in :class:`MoE`."""
-        return self.gate
-
     def reset_parameters(self) -> None:
         """Initialise everything again, for instance after construction on the meta device and ``to_empty``."""
         self.gate.reset_parameters()
@@ -275,11 +255,8 @@ class MixtureOfAttention(nn.Module):
         self._reset_own_parameters()
 
     def _reset_own_parameters(self) -> None:
-        nn.init.normal_(self.kv_proj.weight, std=self.init_std)
-        if self.kv_proj.bias is not None:
-            nn.init.zeros_(self.kv_proj.bias)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        initialize(self.kv_proj.named_parameters(), self.init_std)
+        initialize(self.named_parameters(recurse=False), self.init_std)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(module)``."""
@@ -287,18 +264,6 @@ class MixtureOfAttention(nn.Module):
             f"top_k={self.top_k}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, causal={self.causal}, "
             f"rope_theta={self.rope_theta}"
         )
-
-    def update_selection_bias(self, expert_load: Tensor, rate: float = 1e-3) -> None:
-        """Move the router's selection bias one step towards balance; see :func:`scattermoe.router.update_selection_bias`.
-
-        Args:
-            expert_load: ``[E]`` slots per expert since the last step, summed over data-parallel ranks.
-            rate: size of the step.
-
-        Raises:
-            RuntimeError: the layer was built without ``selection_bias=True``.
-        """
-        self.gate.update_selection_bias(expert_load, rate)
 
     def make_cache(
         self, batch_size: int | None = None, max_length: int | None = None, *, dtype: torch.dtype | None = None
@@ -416,15 +381,7 @@ class MixtureOfAttention(nn.Module):
         y = self.experts(rows, gates, routing).view(batch, length, self.hidden_size)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        aux = router_aux(
-            logits.view(batch, length, self.num_experts),
-            expert_ids.view(batch, length, self.top_k),
-            routing.expert_offsets,
-            scoring=self.gate.scoring,
-            balance=self.balance,
-            token_mask=token_mask,
-            losses=self.aux_losses,
-        )
+        aux = self._aux(logits, expert_ids, routing.expert_offsets, x.shape[:-1], token_mask)
         return y, aux
 
     def _spread(self, part: Tensor, batch: int, length: int) -> Tensor:

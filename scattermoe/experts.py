@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,36 @@ from .activations import apply_activation, apply_glu, check_glu_layout, is_gated
 __all__ = ["Experts", "SharedExpert"]
 
 
-class Experts(nn.Module):
+def initialize(parameters: Iterable[tuple[str, nn.Parameter]], std: float) -> None:
+    """Draw weights from a normal distribution of standard deviation ``std`` and zero what is called a bias."""
+    for name, parameter in parameters:
+        if parameter.is_meta:
+            continue  # nothing to draw, and PyTorch would load its compiler to do so
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.normal_(parameter, std=std)
+
+
+class ExpertParameters(nn.Module):
+    """A module whose parameters have a slice for each expert."""
+
+    init_std: float
+
+    def _create(
+        self, device: torch.device | str | None, dtype: torch.dtype | None, **shapes: tuple[int, ...] | None
+    ) -> None:
+        for name, shape in shapes.items():
+            parameter = None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.register_parameter(name, parameter)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights from a normal distribution of standard deviation ``init_std`` and zero the biases."""
+        initialize(self.named_parameters(recurse=False), self.init_std)
+
+
+class Experts(ExpertParameters):
     """E two-layer MLPs, run for routed tokens by the fused :func:`scattermoe.moe_mlp`.
 
     Args:
@@ -80,22 +111,13 @@ class Experts(nn.Module):
         self._up_name = "gate_up_proj" if gated else "up_proj"
         up_size = 2 * intermediate_size if gated else intermediate_size
 
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-        self.register_parameter(self._up_name, parameter(num_experts, up_size, hidden_size))
-        self.down_proj = parameter(num_experts, hidden_size, intermediate_size)
-        self.register_parameter(f"{self._up_name}_bias", parameter(num_experts, up_size) if bias else None)
-        self.register_parameter("down_proj_bias", parameter(num_experts, hidden_size) if bias else None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights from a normal distribution of standard deviation ``init_std`` and zero the biases."""
-        for name, parameter in self.named_parameters(recurse=False):
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.normal_(parameter, std=self.init_std)
+        shapes = {
+            self._up_name: (num_experts, up_size, hidden_size),
+            "down_proj": (num_experts, hidden_size, intermediate_size),
+            f"{self._up_name}_bias": (num_experts, up_size) if bias else None,
+            "down_proj_bias": (num_experts, hidden_size) if bias else None,
+        }
+        self._create(device, dtype, **shapes)
 
     def extra_repr(self) -> str:
         """Sizes and activation, for ``print(module)``."""
@@ -188,11 +210,7 @@ class SharedExpert(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weights from a normal distribution of standard deviation ``init_std`` and zero the biases."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.normal_(parameter, std=self.init_std)
+        initialize(self.named_parameters(), self.init_std)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the MLP.

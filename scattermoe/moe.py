@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from . import functional
 from .assignment import expert_capacity, expert_choice, limit_capacity, round_to_tiles
-from .experts import Experts, SharedExpert
-from .losses import BALANCES, MoEAux, router_aux
-from .router import TopKRouter, expert_scores
+from .experts import Experts, SharedExpert, initialize
+from .losses import MoEAux
+from .routed import RoutedLayer
+from .router import expert_scores
 
 __all__ = ["MoE", "MoEAux"]
 
@@ -17,7 +18,7 @@ ROUTINGS = ("token_choice", "expert_choice")
 DROPS = ("gate", "position")
 
 
-class MoE(nn.Module):
+class MoE(RoutedLayer):
     """A feed-forward layer of E experts of which each token uses K.
 
     ``y = sum_j gate_j * expert_j(x)``, plus the shared expert if there is one.
@@ -123,9 +124,6 @@ class MoE(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if balance not in BALANCES:
-            raise ValueError(f"expected balance to be one of {', '.join(BALANCES)}, got {balance!r}")
         if shared_gate and shared_intermediate_size is None:
             raise ValueError("expected shared_intermediate_size with shared_gate=True, got None")
         if routing == "expert_choice":
@@ -137,18 +135,7 @@ class MoE(nn.Module):
             capacity_factor = 1.0 if capacity_factor is None else capacity_factor
             max_experts = num_experts if max_experts is None else max_experts
         _check_routing(num_experts, top_k, routing, capacity_factor, drop, token_rounding, max_experts)
-        self.hidden_size = hidden_size
-        self.num_experts = num_experts
-        self.top_k = top_k
-        self.routing = routing
-        self.capacity_factor = capacity_factor
-        self.drop = drop
-        self.token_rounding = token_rounding
-        self.max_experts = max_experts
-        self.aux_losses = aux_losses
-        self.balance = balance
-        self.init_std = init_std
-        self.gate = TopKRouter(
+        super().__init__(
             hidden_size,
             num_experts,
             top_k,
@@ -160,10 +147,17 @@ class MoE(nn.Module):
             scale=scale,
             jitter=jitter,
             bias=router_bias,
+            aux_losses=aux_losses,
+            balance=balance,
             init_std=init_std,
             device=device,
             dtype=dtype,
         )
+        self.routing = routing
+        self.capacity_factor = capacity_factor
+        self.drop = drop
+        self.token_rounding = token_rounding
+        self.max_experts = max_experts
         expert_options = {
             "activation": activation,
             "bias": bias,
@@ -182,12 +176,7 @@ class MoE(nn.Module):
             self.shared_expert = SharedExpert(hidden_size, shared_intermediate_size, **expert_options)
         if shared_gate:
             self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype)
-            nn.init.normal_(self.shared_expert_gate.weight, std=init_std)
-
-    @property
-    def router(self) -> TopKRouter:
-        """The router, which the state dict calls ``gate`` as checkpoints do."""
-        return self.gate
+            initialize(self.shared_expert_gate.named_parameters(), init_std)
 
     def reset_parameters(self) -> None:
         """Initialise everything again, for instance after ``MoE(..., device="meta").to_empty(device="cpu")``."""
@@ -196,19 +185,7 @@ class MoE(nn.Module):
         if self.shared_expert is not None:
             self.shared_expert.reset_parameters()
         if self.shared_expert_gate is not None:
-            nn.init.normal_(self.shared_expert_gate.weight, std=self.init_std)
-
-    def update_selection_bias(self, expert_load: Tensor, rate: float = 1e-3) -> None:
-        """Move the router's selection bias one step towards balance; see :func:`scattermoe.router.update_selection_bias`.
-
-        Args:
-            expert_load: ``[E]`` slots per expert since the last step, summed over data-parallel ranks.
-            rate: size of the step.
-
-        Raises:
-            RuntimeError: the layer was built without ``selection_bias=True``.
-        """
-        self.gate.update_selection_bias(expert_load, rate)
+            initialize(self.shared_expert_gate.named_parameters(), self.init_std)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, MoEAux]:
         """Run the layer.
@@ -242,16 +219,7 @@ class MoE(nn.Module):
             if self.shared_expert_gate is not None:
                 shared = self.shared_expert_gate(tokens).sigmoid() * shared
             y = y + shared
-        aux = router_aux(
-            logits.reshape((*leading, self.num_experts)),
-            chosen.reshape((*leading, chosen.size(1))),
-            routing.expert_offsets,
-            scoring=self.gate.scoring,
-            balance=self.balance,
-            token_mask=token_mask,
-            losses=self.aux_losses,
-            changed=chosen is not expert_ids,
-        )
+        aux = self._aux(logits, chosen, routing.expert_offsets, leading, token_mask, changed=chosen is not expert_ids)
         return y.reshape(x.shape), aux
 
     def _assign(self, tokens: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

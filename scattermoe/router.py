@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import functional
+from .experts import initialize
 
 __all__ = ["RouterOutput", "TopKRouter", "expert_scores", "update_selection_bias"]
 
@@ -221,9 +222,7 @@ class TopKRouter(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weight from a normal distribution of standard deviation ``init_std``; zero all biases."""
-        nn.init.normal_(self.weight, std=self.init_std)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        initialize(self.named_parameters(recurse=False), self.init_std)
         if self.e_score_correction_bias is not None:
             nn.init.zeros_(self.e_score_correction_bias)
 
