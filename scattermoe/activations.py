@@ -126,9 +126,28 @@ def activation_name(activation: Callable[[Tensor], Tensor], gated: bool = False)
     return name
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether something waits for a module to be called.
+
+    Args:
+        module: any module; its children are not looked at.
+
+    Returns:
+        True if it has forward or backward hooks of any kind.
+
+    Example::
+
+        >>> from torch import nn
+        >>> from scattermoe.activations import has_hooks
+        >>> has_hooks(nn.SiLU())
+        False
+    """
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
 def _module_name(module: nn.Module) -> str | None:
     # A hook must see its module called, and a subclass may compute anything.
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if has_hooks(module):
         return None
     kind = type(module)
     if kind is nn.GELU:

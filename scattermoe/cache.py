@@ -42,10 +42,10 @@ class KVCache:
             ``(keys, values)`` of all positions so far, ``[B, num_kv_heads, length, head_dim]``.
 
         Raises:
-            ValueError: batch, heads or width differ from what the cache holds.
+            ValueError: values are not like keys, or batch, heads, width or dtype differ from what the cache holds.
         """
+        _check_fits(keys, values, self.keys)
         if self.keys is not None:
-            _check_fits(keys, self.keys)
             keys = torch.cat((self.keys, keys), dim=2)
             values = torch.cat((self.values, values), dim=2)
         self.keys, self.values = keys, values
@@ -120,12 +120,11 @@ class StaticKVCache:
             must be masked.
 
         Raises:
-            ValueError: batch, heads, width or dtype differ from the cache's, or the new positions do not fit in.
+            ValueError: values are not like keys, batch, heads, width or dtype differ from the cache's, or the new positions
+                do not fit in.
             RuntimeError: a gradient would have to flow through the cache.
         """
-        _check_fits(keys, self.keys)
-        if keys.dtype != self.keys.dtype:
-            raise ValueError(f"expected keys of the cache's dtype {self.keys.dtype}, got {keys.dtype}")
+        _check_fits(keys, values, self.keys)
         if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
             raise RuntimeError(
                 "expected no gradient through a StaticKVCache: decode under torch.no_grad() or use KVCache"
@@ -152,7 +151,12 @@ class StaticKVCache:
 
         Args:
             indices: ``[B]`` int64.
+
+        Raises:
+            ValueError: not as many indices as the cache has rows.
         """
+        if indices.shape != self.keys.shape[:1]:
+            raise ValueError(f"expected indices of shape [{self.keys.size(0)}], got {list(indices.shape)}")
         self.keys.copy_(self.keys.index_select(0, indices))
         self.values.copy_(self.values.index_select(0, indices))
 
@@ -164,9 +168,19 @@ class StaticKVCache:
         self._eager_length = 0
 
 
-def _check_fits(new: Tensor, held: Tensor) -> None:
-    if new.shape[:2] != held.shape[:2] or new.size(3) != held.size(3):
+def _check_fits(keys: Tensor, values: Tensor, held: Tensor | None) -> None:
+    if values.shape != keys.shape or values.dtype != keys.dtype:
+        raise ValueError(
+            f"expected values like keys, {list(keys.shape)} {keys.dtype}, got {list(values.shape)} {values.dtype}"
+        )
+    if held is None:
+        if keys.dim() != 4:
+            raise ValueError(f"expected keys of shape [batch, heads, positions, head_dim], got {list(keys.shape)}")
+        return
+    if keys.dim() != 4 or keys.shape[:2] != held.shape[:2] or keys.size(3) != held.size(3):
         raise ValueError(
             f"expected keys of shape [{held.size(0)}, {held.size(1)}, positions, {held.size(3)}] as the cache holds, "
-            f"got {list(new.shape)}"
+            f"got {list(keys.shape)}"
         )
+    if keys.dtype != held.dtype:
+        raise ValueError(f"expected keys of the cache's dtype {held.dtype}, got {keys.dtype}")

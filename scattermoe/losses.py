@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .load import count_ids
+from .load import check_integer, count_ids
 from .router import expert_scores
 
 __all__ = ["MoEAux", "load_balancing_loss", "router_aux", "router_z_loss"]
@@ -108,6 +108,7 @@ def load_balancing_loss(
         Scalar in float32 (float64 for float64 logits); zero when no token counts.
 
     Raises:
+        TypeError: ``expert_ids`` are not integers.
         ValueError: unknown scoring or balance, shapes or numbers of layers that do not fit, groups that do not divide E.
 
     Example::
@@ -138,6 +139,7 @@ def load_balancing_loss(
     shape = layers[0].shape[:-1]
     for logits, ids in zip(layers, chosen, strict=True):
         _check_mask(logits, token_mask)
+        check_integer(ids)
         if logits.shape[:-1] != ids.shape[:-1]:
             raise ValueError(
                 f"expected router_logits and expert_ids with the same leading dimensions, "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .activations import activation_name
+from .activations import activation_name, has_hooks
 from .parallel_experts import ParallelExperts, flatten_sort_count
 
 __all__ = ["GLUMLP", "MLP"]
@@ -31,6 +31,8 @@ class _ExpertMLP(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        if top_k < 1:
+            raise ValueError(f"expected top_k >= 1, got {top_k}")
         self.num_experts = num_experts
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -98,9 +100,7 @@ class _ExpertMLP(nn.Module):
 
 def _is_bare(experts: nn.Module) -> bool:
     # A wrapped or hooked layer, or one with a forward of its own (adapters, sharding), must be called to have its effect.
-    return type(experts).forward is ParallelExperts.forward and not (
-        experts._forward_hooks or experts._forward_pre_hooks or experts._backward_hooks or experts._backward_pre_hooks
-    )
+    return type(experts).forward is ParallelExperts.forward and not has_hooks(experts)
 
 
 class MLP(_ExpertMLP):
@@ -121,6 +121,9 @@ class MLP(_ExpertMLP):
 
     Parameters: ``experts.weight`` ``[E, hidden_size, input_size]``, ``output_experts.weight``
     ``[E, input_size, hidden_size]`` and, with ``bias``, ``experts.bias`` and ``output_experts.bias``.
+
+    Raises:
+        ValueError: ``num_experts`` or ``top_k`` is below 1.
 
     Example::
 
@@ -172,6 +175,9 @@ class GLUMLP(_ExpertMLP):
 
     Parameters: ``experts.weight`` ``[E, 2 * hidden_size, input_size]``, ``output_experts.weight``
     ``[E, input_size, hidden_size]`` and, with ``bias``, ``experts.bias`` and ``output_experts.bias``.
+
+    Raises:
+        ValueError: ``num_experts`` or ``top_k`` is below 1.
 
     Example::
 

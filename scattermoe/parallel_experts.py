@@ -27,7 +27,8 @@ def flatten_sort_count(expert_idxs: Tensor, num_experts: int) -> tuple[Tensor, T
         ``expert_offsets`` ``[E]`` int64, the end of each expert's rows.
 
     Raises:
-        ValueError, TypeError or RuntimeError: the ids are not integers.
+        TypeError: the ids are not integers.
+        ValueError: ``num_experts`` is below 1.
 
     Example::
 
@@ -74,6 +75,7 @@ def parallel_linear(
         ``[S, out]``, or ``[T, out]`` with ``gates``; in ``inputs``' dtype.
 
     Raises:
+        TypeError: dtypes that do not fit.
         ValueError: sizes that do not fit, or ``gates`` together with ``grouped_out``, which has no meaning: the rows of a
             token are not neighbours in grouped order.
 
@@ -141,6 +143,9 @@ class ParallelExperts(nn.Module):
 
     Parameters: ``weight`` ``[E, output_size, input_size]``; ``bias`` ``[E, output_size]`` or None.
 
+    Raises:
+        ValueError: ``num_experts`` is below 1.
+
     Example::
 
         >>> import torch
@@ -164,6 +169,8 @@ class ParallelExperts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"expected num_experts >= 1, got {num_experts}")
         self.num_experts = num_experts
         self.input_size = input_size
         self.output_size = output_size

@@ -348,6 +348,14 @@ def test_experts_module_chain(device: str) -> None:
     assert_close(y, glu(x, gates, ids))
 
 
+def test_bad_construction() -> None:
+    with pytest.raises(ValueError, match="num_experts >= 1, got 0"):
+        ParallelExperts(0, 8, 8)
+    for kind in (MLP, GLUMLP):
+        with pytest.raises(ValueError, match="top_k >= 1, got 0"):
+            kind(8, 8, 4, 0)
+
+
 def test_bad_input() -> None:
     x = torch.randn(4, 8)
     gates, ids = choose(4, 4, 2, "cpu", torch.float32)
