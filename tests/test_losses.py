@@ -203,5 +203,5 @@ def test_bad_losses() -> None:
         load_balancing_loss([], [])
     with pytest.raises(ValueError, match=r"one shape in all layers, got \[4, 2\] and \[4, 3\]"):
         load_balancing_loss([logits, logits[:, :2]], [ids, ids])
-    with pytest.raises(TypeError, match="expert_ids of an integer dtype, got torch.float32"):
+    with pytest.raises(TypeError, match=r"expert_ids of an integer dtype, got torch\.float32"):
         load_balancing_loss(logits, ids.float())
