@@ -110,6 +110,11 @@ def op_samples(device: str) -> list[tuple[str, str, tuple[Any, ...]]]:
                 f"{label} {mask}",
                 *(grad, x, w_up, w_down, b_down, gates, z, *indices, *settings, mask),
             )
+            add(
+                "_moe_mlp_backward_over_z",
+                f"{label} {mask}",
+                *(grad, x, w_up, w_down, b_down, gates, z.clone(), *indices, *settings, mask),
+            )
         add("_moe_mlp_forward", label, *tensors, *indices, *settings)
         hidden = torch.ops.scattermoe._activation(z, *settings[:4])
         add("_activation", label, z, *settings[:4])

@@ -20,6 +20,7 @@ OPS = {
     "_moe_mlp_backward",
     "_activation",
     "_activation_backward",
+    "_moe_mlp_backward_over_z",
     "topk_gating",
     "_topk_gating_backward",
 }

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 import scattermoe
 from tests.cases import Mlp, make_ids, mlp_tensors, to_device
-from tests.modes import Calls
+from tests.modes import Calls, Outputs
 
 NAMES = ("x", "w_up", "b_up", "w_down", "b_down", "gates")
 CASE = Mlp(tokens=32, top_k=4, experts=6, hidden=40, width=24, dtype=torch.bfloat16, gates=torch.float32)
@@ -24,7 +26,7 @@ def saved_by(work: Any) -> list[Tensor]:
             kept.append(tensor.detach())
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with saved_tensors_hooks(pack, lambda t: t):
         work()
     return kept
 
@@ -55,6 +57,7 @@ def labels(tensors: dict[str, Tensor | None], routing: scattermoe.Routing, kept:
     return sorted(known.get(t.data_ptr(), str(t.untyped_storage().nbytes())) for t in kept)
 
 
+BACKWARDS = ("_moe_mlp_backward", "_moe_mlp_backward_over_z")
 ROUTING = ["expert_offsets", "slot_order", "slot_position"]
 
 
@@ -182,10 +185,112 @@ def test_offloading_hooks(device: str) -> None:
         )
 
     expected = torch.autograd.grad(loss(), tensors)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+    with saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
         copied = loss()
-    with torch.autograd.graph.save_on_cpu():
+    with save_on_cpu():
         offloaded = loss()
     for found in (torch.autograd.grad(copied, tensors), torch.autograd.grad(offloaded, tensors)):
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a, b)
+
+
+class TestBackwardWritesOverZ:
+    """Backward takes the memory of the pre-activations for their gradient, but only where nobody can read them again."""
+
+    def layer(self, device: str, **options: Any) -> tuple[Any, list[Tensor]]:
+        tensors = [to_device(t, device).requires_grad_() for t in mlp_tensors(CASE, 1).values()]
+        ids = make_ids(CASE.tokens, CASE.top_k, CASE.experts, "sentinels", 1).to(device)
+        routing = scattermoe.route(ids, CASE.experts)
+
+        def forward(x, w_up, b_up, w_down, b_down, gates) -> Tensor:
+            return scattermoe.moe_mlp(x, w_up, w_down, gates, routing, up_bias=b_up, down_bias=b_down, **options)
+
+        return forward, tensors
+
+    def gradients(self, y: Tensor, tensors: list[Tensor], **options: Any) -> tuple[tuple[Tensor, ...], bool]:
+        """Of the sum of squares, and whether they were written over z."""
+        loss = y.float().square().sum()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            found = torch.autograd.grad(loss, tensors, **options)
+        ran = {event.name for event in profile.events()} & {f"scattermoe::{op}" for op in BACKWARDS}
+        assert len(ran) == 1
+        return found, ran == {f"scattermoe::{BACKWARDS[1]}"}
+
+    def test_in_a_plain_step(self, device: str) -> None:
+        forward, tensors = self.layer(device)
+        assert self.gradients(forward(*tensors), tensors)[1]
+
+    def test_a_graph_that_is_kept_keeps_z(self, device: str) -> None:
+        forward, tensors = self.layer(device)
+        y = forward(*tensors)
+        first, over_first = self.gradients(y, tensors, retain_graph=True)
+        again, over_again = self.gradients(y, tensors, create_graph=True)
+        last, over_last = self.gradients(y, tensors)
+        assert (over_first, over_again, over_last) == (False, False, True)
+        for gradients in (again, last):
+            for a, b in zip(first, gradients, strict=True):
+                assert torch.equal(a, b)
+
+    def test_recomputed_z_is_always_free(self, device: str) -> None:
+        forward, tensors = self.layer(device, recompute=True)
+        y = forward(*tensors)
+        first, over_first = self.gradients(y, tensors, retain_graph=True)
+        last, over_last = self.gradients(y, tensors)
+        assert over_first and over_last
+        for a, b in zip(first, last, strict=True):
+            assert torch.equal(a, b)
+
+    def test_what_a_hook_holds_stays(self, device: str) -> None:
+        # The plainest hooks hand out the very tensor that was packed, which their owner may go on reading.
+        forward, tensors = self.layer(device)
+        kept: list[Tensor] = []
+        with saved_tensors_hooks(lambda t: kept.append(t) or len(kept) - 1, lambda i: kept[i]):
+            y = forward(*tensors)
+        before = [t.clone() for t in kept]
+        assert not self.gradients(y, tensors)[1]
+        for a, b in zip(kept, before, strict=True):
+            assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("where", ["checkpoint", "save_on_cpu"])
+    def test_same_gradients_under_hooks(self, device: str, where: str) -> None:
+        forward, tensors = self.layer(device)
+        expected, _ = self.gradients(forward(*tensors), tensors)
+        if where == "checkpoint":
+            y = checkpoint(forward, *tensors, use_reentrant=False)
+        else:
+            with save_on_cpu():
+                y = forward(*tensors)
+        for a, b in zip(self.gradients(y, tensors)[0], expected, strict=True):
+            assert torch.equal(a, b)
+
+    def test_what_a_dispatch_mode_holds_stays(self, device: str) -> None:
+        forward, tensors = self.layer(device)
+        with Outputs() as mode:
+            y = forward(*tensors)
+        (z,) = (t for t in mode.seen if t.untyped_storage().nbytes() == Z_BYTES)
+        before = z.clone()
+        assert not self.gradients(y, tensors)[1]
+        assert torch.equal(z, before)
+
+    def test_not_in_a_trace(self, device: str) -> None:
+        forward, tensors = self.layer(device)
+        graph = torch.fx.experimental.proxy_tensor.make_fx(
+            lambda *t: torch.autograd.grad(forward(*t).float().sum(), t)
+        )(*tensors)
+        ran = {node.target for node in graph.graph.nodes if node.op == "call_function"}
+        assert torch.ops.scattermoe._moe_mlp_backward.default in ran
+        assert torch.ops.scattermoe._moe_mlp_backward_over_z.default not in ran
+
+    def test_trying_again_after_an_error_says_why_it_cannot(self) -> None:
+        # Offsets are read on the host here. Changed behind autograd's back, they make backward fail halfway.
+        tensors = [t.requires_grad_() for t in mlp_tensors(CASE, 1).values()]
+        x, w_up, b_up, w_down, b_down, gates = tensors
+        routing = scattermoe.route(make_ids(CASE.tokens, CASE.top_k, CASE.experts, "uniform", 1), CASE.experts)
+        y = scattermoe.moe_mlp(x, w_up, w_down, gates, routing, up_bias=b_up, down_bias=b_down)
+        right = routing.expert_offsets.clone()
+        routing.expert_offsets.data.fill_(-1)
+        with pytest.raises(IndexError, match="expert_offsets"):
+            torch.autograd.grad(y.sum(), tensors)
+        routing.expert_offsets.data.copy_(right)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(y.sum(), tensors)

@@ -65,5 +65,8 @@ inline at::ScalarType compute_dtype(at::ScalarType dtype) {
 inline at::Tensor empty_gradient(const at::Tensor& like) {
     return at::empty({0}, like.options());
 }
+inline at::Tensor or_empty(const at::Tensor& gradient, const at::Tensor& like) {
+    return gradient.defined() ? gradient : empty_gradient(like);
+}
 
 }  // namespace scattermoe

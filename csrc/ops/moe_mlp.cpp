@@ -3,6 +3,9 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include <string>
+#include <utility>
+
 #include "checks.h"
 
 namespace scattermoe {
@@ -41,6 +44,20 @@ MoeMlpGrads _moe_mlp_backward(const at::Tensor& grad, const at::Tensor& x, const
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("scattermoe::_moe_mlp_backward", "")
                                .typed<decltype(_moe_mlp_backward)>();
+    return op.call(grad, x, w_up, w_down, b_down, gates, z, slot_order, slot_position, expert_offsets, activation,
+                   glu_layout, alpha, limit, allow_tf32, output_mask);
+}
+
+MoeMlpGrads _moe_mlp_backward_over_z(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& w_up,
+                                     const at::Tensor& w_down, const std::optional<at::Tensor>& b_down,
+                                     const at::Tensor& gates, const at::Tensor& z, const at::Tensor& slot_order,
+                                     const at::Tensor& slot_position, const at::Tensor& expert_offsets,
+                                     std::string_view activation, std::string_view glu_layout, double alpha,
+                                     double limit, std::optional<bool> allow_tf32,
+                                     std::array<bool, kNumMoeMlpGrads> output_mask) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("scattermoe::_moe_mlp_backward_over_z", "")
+                               .typed<decltype(_moe_mlp_backward_over_z)>();
     return op.call(grad, x, w_up, w_down, b_down, gates, z, slot_order, slot_position, expert_offsets, activation,
                    glu_layout, alpha, limit, allow_tf32, output_mask);
 }
@@ -155,12 +172,16 @@ TORCH_LIBRARY_FRAGMENT(scattermoe, m) {
         "Tensor slot_order, Tensor slot_position, Tensor expert_offsets, str activation, str glu_layout, float alpha, "
         "float limit, bool? allow_tf32) -> (Tensor y, Tensor z)",
         {at::Tag::pt2_compliant_tag});
-    m.def(
-        "_moe_mlp_backward(Tensor grad, Tensor x, Tensor w_up, Tensor w_down, Tensor? b_down, Tensor gates, Tensor z, "
-        "Tensor slot_order, Tensor slot_position, Tensor expert_offsets, str activation, str glu_layout, float alpha, "
-        "float limit, bool? allow_tf32, bool[6] output_mask) -> (Tensor grad_x, Tensor grad_w_up, Tensor grad_b_up, "
-        "Tensor grad_w_down, Tensor grad_b_down, Tensor grad_gates)",
-        {at::Tag::pt2_compliant_tag});
+    for (const auto& [name, z] :
+         {std::pair{"_moe_mlp_backward", "Tensor z"}, std::pair{"_moe_mlp_backward_over_z", "Tensor(a!) z"}}) {
+        const std::string schema =
+            std::string(name) + "(Tensor grad, Tensor x, Tensor w_up, Tensor w_down, Tensor? b_down, Tensor gates, " +
+            z +
+            ", Tensor slot_order, Tensor slot_position, Tensor expert_offsets, str activation, str glu_layout, "
+            "float alpha, float limit, bool? allow_tf32, bool[6] output_mask) -> (Tensor grad_x, Tensor grad_w_up, "
+            "Tensor grad_b_up, Tensor grad_w_down, Tensor grad_b_down, Tensor grad_gates)";
+        m.def(schema.c_str(), {at::Tag::pt2_compliant_tag});
+    }
 }
 
 }  // namespace

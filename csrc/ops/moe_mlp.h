@@ -63,6 +63,16 @@ MoeMlpGrads _moe_mlp_backward(const at::Tensor& grad, const at::Tensor& x, const
                               std::string_view activation, std::string_view glu_layout, double alpha, double limit,
                               std::optional<bool> allow_tf32, std::array<bool, kNumMoeMlpGrads> output_mask);
 
+/// _moe_mlp_backward that may use the memory of z for its gradient, which is what keeps a training step's peak down; z
+/// holds nothing of use afterwards.
+MoeMlpGrads _moe_mlp_backward_over_z(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& w_up,
+                                     const at::Tensor& w_down, const std::optional<at::Tensor>& b_down,
+                                     const at::Tensor& gates, const at::Tensor& z, const at::Tensor& slot_order,
+                                     const at::Tensor& slot_position, const at::Tensor& expert_offsets,
+                                     std::string_view activation, std::string_view glu_layout, double alpha,
+                                     double limit, std::optional<bool> allow_tf32,
+                                     std::array<bool, kNumMoeMlpGrads> output_mask);
+
 void check_moe_mlp(const at::Tensor& x, const at::Tensor& w_up, const std::optional<at::Tensor>& b_up,
                    const at::Tensor& w_down, const std::optional<at::Tensor>& b_down, const at::Tensor& gates,
                    const at::Tensor& slot_order, const at::Tensor& slot_position, const at::Tensor& expert_offsets,

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "../checks.h"
+#include "support.h"
 
 namespace scattermoe {
 
@@ -13,6 +14,12 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
+
+struct Options {
+    bool grouped;
+
+    static auto fields(auto& self) { return std::tie(self.grouped); }
+};
 
 // y[t] = sum_j g[t, j] r(t, j), with r(t, j) the row of slot (t, j). With G = dL/dy:
 //     dL/dr(t, j) = g[t, j] G[t]
@@ -28,7 +35,7 @@ class Combine : public torch::autograd::Function<Combine> {
         const bool gates_need_grad = has_value(gates) && gates->requires_grad();
         ctx->save_for_backward(
             {gates_need_grad ? rows : Variable(), gates.value_or(Variable()), slot_order, slot_position});
-        ctx->saved_data["grouped"] = grouped;
+        save_options(ctx, Options{grouped});
         return combine(rows, gates, slot_order, slot_position, grouped);
     }
 
@@ -39,8 +46,8 @@ class Combine : public torch::autograd::Function<Combine> {
         const Variable &gates = saved[1], &slot_order = saved[2], &slot_position = saved[3];
         const Variable rows = saved[0].defined() ? saved[0] : empty_gradient(grad);
         const std::array<bool, 2> mask{ctx->needs_input_grad(0), gates.defined() && ctx->needs_input_grad(1)};
-        const auto [grad_rows, grad_gates] = _combine_backward(
-            grad, rows, as_optional(gates), slot_order, slot_position, ctx->saved_data["grouped"].toBool(), mask);
+        const auto [grad_rows, grad_gates] = _combine_backward(grad, rows, as_optional(gates), slot_order,
+                                                               slot_position, load_options<Options>(ctx).grouped, mask);
         return {mask[0] ? grad_rows : Variable(), mask[1] ? grad_gates : Variable(), Variable(), Variable(),
                 Variable()};
     }
@@ -61,7 +68,7 @@ class CombineBackward : public torch::autograd::Function<CombineBackward> {
         at::AutoDispatchBelowADInplaceOrView below_autograd;
         ctx->set_materialize_grads(false);
         ctx->save_for_backward({grad, rows, gates.value_or(Variable()), slot_order, slot_position});
-        ctx->saved_data["grouped"] = grouped;
+        save_options(ctx, Options{grouped});
         auto [grad_rows, grad_gates] =
             _combine_backward(grad, rows, gates, slot_order, slot_position, grouped, output_mask);
         variable_list not_computed;
@@ -75,7 +82,7 @@ class CombineBackward : public torch::autograd::Function<CombineBackward> {
         const auto saved = ctx->get_saved_variables();
         const Variable &grad = saved[0], &rows = saved[1], &gates = saved[2], &slot_order = saved[3],
                        &slot_position = saved[4];
-        const bool grouped = ctx->saved_data["grouped"].toBool();
+        const bool grouped = load_options<Options>(ctx).grouped;
         const Variable &for_rows = grads[0], &for_gates = grads[1];
 
         Variable grad_grad, grad_rows, grad_gates;
@@ -102,6 +109,10 @@ class CombineBackward : public torch::autograd::Function<CombineBackward> {
 
 at::Tensor combine_autograd(const at::Tensor& rows, const std::optional<at::Tensor>& gates,
                             const at::Tensor& slot_order, const at::Tensor& slot_position, bool grouped) {
+    if (!any_has_derivative(rows, gates)) {
+        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        return combine(rows, gates, slot_order, slot_position, grouped);
+    }
     return Combine::apply(rows, gates, slot_order, slot_position, grouped);
 }
 
@@ -110,6 +121,10 @@ std::tuple<at::Tensor, at::Tensor> combine_backward_autograd(const at::Tensor& g
                                                              const at::Tensor& slot_order,
                                                              const at::Tensor& slot_position, bool grouped,
                                                              std::array<bool, 2> output_mask) {
+    if (!any_has_derivative(grad, rows, gates)) {
+        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        return _combine_backward(grad, rows, gates, slot_order, slot_position, grouped, output_mask);
+    }
     auto grads = CombineBackward::apply(grad, rows, gates, slot_order, slot_position, grouped, output_mask);
     return {grads[0], grads[1]};
 }

@@ -1,11 +1,14 @@
 #include "../moe_mlp.h"
 
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
-#include "../checks.h"
 #include "../parallel_linear.h"
+#include "support.h"
 
 namespace scattermoe {
 
@@ -22,7 +25,25 @@ struct Options {
     double limit;
     std::optional<bool> allow_tf32;
     bool recompute = false;
+    bool has_b_up = false;
+    bool has_hooks = false;  // what was saved went through hooks on saved tensors
+
+    static auto fields(auto& self) {
+        return std::tie(self.activation, self.glu_layout, self.alpha, self.limit, self.allow_tf32, self.recompute,
+                        self.has_b_up, self.has_hooks);
+    }
 };
+
+// Whether backward may write dz over z: nobody will read z again, and it is memory that nobody else has seen. With
+// `recompute` that is so by itself. A z that was kept must not be needed by a second backward pass through this node,
+// and the node must be its only owner: a hook on saved tensors may hand out a tensor that somebody else holds, a
+// dispatch mode may have kept it. In a trace a change in place would only be undone again.
+bool may_overwrite(const Variable& z, const Variable& grad, const Options& options) {
+    if (any_has_derivative(z, grad) || at::GradMode::is_enabled() || at::isTensorSubclassLike(z)) return false;
+    constexpr size_t kOwners = 2;  // the node, and the variable that it was unpacked to
+    return options.recompute || (!torch::autograd::get_current_graph_task_keep_graph() && !options.has_hooks &&
+                                 z.use_count() == kOwners && z.storage().use_count() == 1);
+}
 
 // With z = W_up x[t] + b_up the pre-activations of a slot, A = act(z), y = W_down A + b_down and g its gate, out[t]
 // sums g y over the slots of t. With G = dL/dout and dA' = G[t] W_down:
@@ -56,12 +77,9 @@ class MoeMlp : public torch::autograd::Function<MoeMlp> {
         ctx->save_for_backward({x_is_read ? x : Variable(), w_up,
                                 options.recompute ? b_up.value_or(Variable()) : Variable(), w_down,
                                 b_down.value_or(Variable()), gates, z, slot_order, slot_position, expert_offsets});
-        ctx->saved_data["has_b_up"] = has_value(b_up);
-        ctx->saved_data["activation"] = options.activation;
-        ctx->saved_data["glu_layout"] = options.glu_layout;
-        ctx->saved_data["alpha"] = options.alpha;
-        ctx->saved_data["limit"] = options.limit;
-        ctx->saved_data["allow_tf32"] = options.allow_tf32;
+        options.has_b_up = has_value(b_up);
+        options.has_hooks = !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+        save_options(ctx, options);
         return y;
     }
 
@@ -71,12 +89,14 @@ class MoeMlp : public torch::autograd::Function<MoeMlp> {
         const auto saved = ctx->get_saved_variables();
         const Variable &w_up = saved[1], &b_up = saved[2], &w_down = saved[3], &b_down = saved[4], &gates = saved[5],
                        &slot_order = saved[7], &slot_position = saved[8], &expert_offsets = saved[9];
+        const Options options = load_options<Options>(ctx);
         const Variable x = saved[0].defined() ? saved[0] : empty_gradient(grad);
-        const std::optional<bool> allow_tf32 = ctx->saved_data["allow_tf32"].toOptional<bool>();
-        const Variable z = saved[6].defined() ? saved[6]
-                                              : parallel_linear(x, w_up, as_optional(b_up), slot_order, expert_offsets,
-                                                                slot_position.sym_size(1), /*grouped_in=*/false,
-                                                                /*grouped_out=*/true, allow_tf32);
+        const Variable recomputed_z =
+            options.recompute
+                ? parallel_linear(x, w_up, as_optional(b_up), slot_order, expert_offsets, slot_position.sym_size(1),
+                                  /*grouped_in=*/false, /*grouped_out=*/true, options.allow_tf32)
+                : Variable();
+        const Variable& z = options.recompute ? recomputed_z : saved[6];
 
         // Autograd numbers the inputs that are tensors, so a bias that is not there shifts those behind it.
         size_t edge = 0;
@@ -84,15 +104,25 @@ class MoeMlp : public torch::autograd::Function<MoeMlp> {
         std::array<bool, kNumMoeMlpGrads> mask{};
         mask[kGradX] = next_needs_grad(true);
         mask[kGradWUp] = next_needs_grad(true);
-        mask[kGradBUp] = next_needs_grad(ctx->saved_data["has_b_up"].toBool());
+        mask[kGradBUp] = next_needs_grad(options.has_b_up);
         mask[kGradWDown] = next_needs_grad(true);
         mask[kGradBDown] = next_needs_grad(b_down.defined());
         mask[kGradGates] = next_needs_grad(true);
 
-        const auto [grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_gates] = _moe_mlp_backward(
-            grad, x, w_up, w_down, as_optional(b_down), gates, z, slot_order, slot_position, expert_offsets,
-            ctx->saved_data["activation"].toStringRef(), ctx->saved_data["glu_layout"].toStringRef(),
-            ctx->saved_data["alpha"].toDouble(), ctx->saved_data["limit"].toDouble(), allow_tf32, mask);
+        const auto run = [&](auto& op) {
+            return op(grad, x, w_up, w_down, as_optional(b_down), gates, z, slot_order, slot_position, expert_offsets,
+                      options.activation, options.glu_layout, options.alpha, options.limit, options.allow_tf32, mask);
+        };
+        MoeMlpGrads gradients;
+        if (may_overwrite(z, grad, options)) {
+            at::AutoDispatchBelowADInplaceOrView below_autograd;
+            // So that a backward pass that is tried again, after an error in this one, says what happened.
+            z.unsafeGetTensorImpl()->bump_version();
+            gradients = run(_moe_mlp_backward_over_z);
+        } else {
+            gradients = run(_moe_mlp_backward);
+        }
+        const auto& [grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_gates] = gradients;
 
         variable_list result(kNumArguments);
         if (mask[kGradX]) result[0] = grad_x;
@@ -140,12 +170,7 @@ at::Tensor moe_mlp_autograd(const at::Tensor& x, const at::Tensor& w_up, const s
                             const at::Tensor& slot_order, const at::Tensor& slot_position,
                             const at::Tensor& expert_offsets, std::string_view activation, std::string_view glu_layout,
                             double alpha, double limit, std::optional<bool> allow_tf32, bool recompute) {
-    const auto requires_grad = [](const std::optional<at::Tensor>& tensor) {
-        return has_value(tensor) && (tensor->requires_grad() || tensor->_fw_grad(/*level=*/0).defined());
-    };
-    const bool differentiable = requires_grad(x) || requires_grad(w_up) || requires_grad(b_up) ||
-                                requires_grad(w_down) || requires_grad(b_down) || requires_grad(gates);
-    if (!differentiable || !at::GradMode::is_enabled()) {
+    if (!any_has_derivative(x, w_up, b_up, w_down, b_down, gates)) {
         // Nothing will be differentiated: the op that does not keep z.
         at::AutoDispatchBelowADInplaceOrView below_autograd;
         return moe_mlp(x, w_up, b_up, w_down, b_down, gates, slot_order, slot_position, expert_offsets, activation,
@@ -163,6 +188,11 @@ MoeMlpGrads moe_mlp_backward_autograd(const at::Tensor& grad, const at::Tensor& 
                                       std::string_view activation, std::string_view glu_layout, double alpha,
                                       double limit, std::optional<bool> allow_tf32,
                                       std::array<bool, kNumMoeMlpGrads> output_mask) {
+    if (!any_has_derivative(grad, x, w_up, w_down, b_down, gates, z)) {
+        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        return _moe_mlp_backward(grad, x, w_up, w_down, b_down, gates, z, slot_order, slot_position, expert_offsets,
+                                 activation, glu_layout, alpha, limit, allow_tf32, output_mask);
+    }
     auto grads = MoeMlpBackward::apply(
         grad, x, w_up, w_down, b_down, gates, z, slot_order, slot_position, expert_offsets,
         Options{std::string(activation), std::string(glu_layout), alpha, limit, allow_tf32}, output_mask);

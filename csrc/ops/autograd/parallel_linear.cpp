@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "../checks.h"
+#include "support.h"
 
 namespace scattermoe {
 
@@ -14,24 +15,13 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-// What both directions keep besides tensors.
 struct Layout {
     c10::SymInt top_k;
     bool grouped_in;
     bool grouped_out;
     std::optional<bool> allow_tf32;
 
-    void save(AutogradContext* ctx) const {
-        ctx->saved_data["top_k"] = top_k;
-        ctx->saved_data["grouped_in"] = grouped_in;
-        ctx->saved_data["grouped_out"] = grouped_out;
-        ctx->saved_data["allow_tf32"] = allow_tf32;
-    }
-
-    static Layout load(AutogradContext* ctx) {
-        return {ctx->saved_data["top_k"].toSymInt(), ctx->saved_data["grouped_in"].toBool(),
-                ctx->saved_data["grouped_out"].toBool(), ctx->saved_data["allow_tf32"].toOptional<bool>()};
-    }
+    static auto fields(auto& self) { return std::tie(self.top_k, self.grouped_in, self.grouped_out, self.allow_tf32); }
 };
 
 at::Tensor forward_op(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
@@ -68,8 +58,7 @@ class ParallelLinear : public torch::autograd::Function<ParallelLinear> {
                             const Variable& expert_offsets, Layout layout) {
         at::AutoDispatchBelowADInplaceOrView below_autograd;
         ctx->save_for_backward({weight.requires_grad() ? x : Variable(), weight, slot_order, expert_offsets});
-        ctx->saved_data["has_bias"] = has_value(bias);
-        layout.save(ctx);
+        save_options(ctx, layout);
         return forward_op(x, weight, bias, slot_order, expert_offsets, layout);
     }
 
@@ -79,10 +68,10 @@ class ParallelLinear : public torch::autograd::Function<ParallelLinear> {
         const auto saved = ctx->get_saved_variables();
         const Variable &weight = saved[1], &slot_order = saved[2], &expert_offsets = saved[3];
         const Variable x = saved[0].defined() ? saved[0] : empty_gradient(grad);
-        const std::array<bool, 3> mask{ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                                       ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)};
+        // Without a bias the third input is slot_order, which never needs a gradient.
+        const std::array<bool, 3> mask{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
         const auto [grad_x, grad_weight, grad_bias] =
-            backward_op(grad, x, weight, slot_order, expert_offsets, Layout::load(ctx), mask);
+            backward_op(grad, x, weight, slot_order, expert_offsets, load_options<Layout>(ctx), mask);
         return {mask[0] ? grad_x : Variable(),
                 mask[1] ? grad_weight : Variable(),
                 mask[2] ? grad_bias : Variable(),
@@ -107,8 +96,7 @@ class ParallelLinearBackward : public torch::autograd::Function<ParallelLinearBa
         at::AutoDispatchBelowADInplaceOrView below_autograd;
         ctx->set_materialize_grads(false);
         ctx->save_for_backward({grad, x, weight, slot_order, expert_offsets});
-        ctx->saved_data["x_is_read"] = output_mask[1];
-        layout.save(ctx);
+        save_options(ctx, layout);
         auto [grad_x, grad_weight, grad_bias] =
             backward_op(grad, x, weight, slot_order, expert_offsets, layout, output_mask);
         variable_list outputs{grad_x, grad_weight, grad_bias};
@@ -124,9 +112,8 @@ class ParallelLinearBackward : public torch::autograd::Function<ParallelLinearBa
         const auto saved = ctx->get_saved_variables();
         const Variable &grad = saved[0], &x = saved[1], &weight = saved[2], &slot_order = saved[3],
                        &expert_offsets = saved[4];
-        const Layout layout = Layout::load(ctx);
+        const Layout layout = load_options<Layout>(ctx);
         const Variable &for_x = grads[0], &for_weight = grads[1], &for_bias = grads[2];
-        const bool x_is_read = ctx->saved_data["x_is_read"].toBool();
 
         Variable grad_grad, grad_x, grad_weight;
         if (ctx->needs_input_grad(0)) {
@@ -143,7 +130,7 @@ class ParallelLinearBackward : public torch::autograd::Function<ParallelLinearBa
                                                                  slot_order, expert_offsets, layout));
             }
         }
-        if (x_is_read && ctx->needs_input_grad(1) && for_weight.defined()) {
+        if (ctx->needs_input_grad(1) && for_weight.defined()) {
             grad_x =
                 std::get<0>(backward_op(grad, x, for_weight, slot_order, expert_offsets, layout, {true, false, false}));
         }
@@ -159,17 +146,25 @@ at::Tensor parallel_linear_autograd(const at::Tensor& x, const at::Tensor& weigh
                                     const std::optional<at::Tensor>& bias, const at::Tensor& slot_order,
                                     const at::Tensor& expert_offsets, c10::SymInt top_k, bool grouped_in,
                                     bool grouped_out, std::optional<bool> allow_tf32) {
-    return ParallelLinear::apply(x, weight, bias, slot_order, expert_offsets,
-                                 Layout{std::move(top_k), grouped_in, grouped_out, allow_tf32});
+    Layout layout{std::move(top_k), grouped_in, grouped_out, allow_tf32};
+    if (!any_has_derivative(x, weight, bias)) {
+        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        return forward_op(x, weight, bias, slot_order, expert_offsets, layout);
+    }
+    return ParallelLinear::apply(x, weight, bias, slot_order, expert_offsets, std::move(layout));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> parallel_linear_backward_autograd(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& slot_order,
     const at::Tensor& expert_offsets, c10::SymInt top_k, bool grouped_in, bool grouped_out,
     std::optional<bool> allow_tf32, std::array<bool, 3> output_mask) {
+    Layout layout{std::move(top_k), grouped_in, grouped_out, allow_tf32};
+    if (!any_has_derivative(grad, x, weight)) {
+        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        return backward_op(grad, x, weight, slot_order, expert_offsets, layout, output_mask);
+    }
     auto grads =
-        ParallelLinearBackward::apply(grad, x, weight, slot_order, expert_offsets,
-                                      Layout{std::move(top_k), grouped_in, grouped_out, allow_tf32}, output_mask);
+        ParallelLinearBackward::apply(grad, x, weight, slot_order, expert_offsets, std::move(layout), output_mask);
     return {grads[0], grads[1], grads[2]};
 }
 

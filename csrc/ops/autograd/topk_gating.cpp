@@ -4,7 +4,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "../checks.h"
+#include "support.h"
 
 namespace scattermoe {
 
@@ -18,6 +18,8 @@ struct Options {
     std::string scoring;
     bool normalize;
     double scale;
+
+    static auto fields(auto& self) { return std::tie(self.scoring, self.normalize, self.scale); }
 };
 
 // With p the scores of the selected experts and D = sum p + epsilon, the gates are c p, or c p / D normalised; the
@@ -38,10 +40,8 @@ class TopkGating : public torch::autograd::Function<TopkGating> {
         auto [gates, expert_ids] = topk_gating(logits, std::move(k), options.scoring, options.normalize, selection_bias,
                                                std::move(num_groups), std::move(top_groups), options.scale);
         ctx->save_for_backward({logits, expert_ids});
-        ctx->saved_data["scoring"] = options.scoring;
-        ctx->saved_data["normalize"] = options.normalize;
-        ctx->saved_data["scale"] = options.scale;
-        ctx->mark_non_differentiable({expert_ids});
+        save_options(ctx, options);
+        ctx->set_materialize_grads(false);
         return {gates, expert_ids};
     }
 
@@ -49,8 +49,8 @@ class TopkGating : public torch::autograd::Function<TopkGating> {
         variable_list result(kNumArguments);
         if (!grads[0].defined()) return result;
         const auto saved = ctx->get_saved_variables();
-        result[0] = _topk_gating_backward(grads[0], saved[0], saved[1], ctx->saved_data["scoring"].toStringRef(),
-                                          ctx->saved_data["normalize"].toBool(), ctx->saved_data["scale"].toDouble());
+        const auto [scoring, normalize, scale] = load_options<Options>(ctx);
+        result[0] = _topk_gating_backward(grads[0], saved[0], saved[1], scoring, normalize, scale);
         return result;
     }
 };
@@ -75,6 +75,11 @@ std::tuple<at::Tensor, at::Tensor> topk_gating_autograd(const at::Tensor& logits
                                                         std::string_view scoring, bool normalize,
                                                         const std::optional<at::Tensor>& selection_bias,
                                                         c10::SymInt num_groups, c10::SymInt top_groups, double scale) {
+    if (!has_derivative(logits)) {
+        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        return topk_gating(logits, std::move(k), scoring, normalize, selection_bias, std::move(num_groups),
+                           std::move(top_groups), scale);
+    }
     auto outputs = TopkGating::apply(logits, std::move(k), selection_bias, std::move(num_groups), std::move(top_groups),
                                      Options{std::string(scoring), normalize, scale});
     return {outputs[0], outputs[1]};
@@ -83,6 +88,10 @@ std::tuple<at::Tensor, at::Tensor> topk_gating_autograd(const at::Tensor& logits
 at::Tensor topk_gating_backward_autograd(const at::Tensor& grad_gates, const at::Tensor& logits,
                                          const at::Tensor& expert_ids, std::string_view scoring, bool normalize,
                                          double scale) {
+    if (!any_has_derivative(grad_gates, logits)) {
+        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        return _topk_gating_backward(grad_gates, logits, expert_ids, scoring, normalize, scale);
+    }
     return TopkGatingBackward::apply(grad_gates, logits, expert_ids, Options{std::string(scoring), normalize, scale});
 }
 

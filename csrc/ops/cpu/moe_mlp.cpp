@@ -198,6 +198,8 @@ TORCH_LIBRARY_IMPL(scattermoe, CPU, m) {
     m.impl("moe_mlp", TORCH_FN(moe_mlp_cpu));
     m.impl("_moe_mlp_forward", TORCH_FN(moe_mlp_forward_cpu));
     m.impl("_moe_mlp_backward", TORCH_FN(moe_mlp_backward_cpu));
+    // The gradient of z is only ever there for a few experts at a time.
+    m.impl("_moe_mlp_backward_over_z", TORCH_FN(moe_mlp_backward_cpu));
 }
 
 }  // namespace

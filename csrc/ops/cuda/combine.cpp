@@ -50,7 +50,7 @@ std::tuple<at::Tensor, at::Tensor> combine_backward_cuda(const at::Tensor& grad,
     p.hidden = hidden;
     cuda::check_launch("_combine_backward", kernels::combine_backward(p, cuda::current_stream()),
                        {{"grad", grad}, {"slot_position", slot_position}});
-    if (need_gates) grad_gates = grad_gates.to(gates->scalar_type());
+    if (need_gates) grad_gates = cuda::to_dtype(grad_gates, gates->scalar_type());
     return {grad_rows, grad_gates};
 }
 

@@ -22,12 +22,12 @@ Forward forward(const char* op, const at::Tensor& x, const at::Tensor& w_up, con
     const c10::cuda::CUDAGuard guard(x.device());
     const cuda::Groups groups(slot_order, expert_offsets);
     const int64_t top_k = slot_position.size(1);
-    const bool allow_tf32 = cuda::resolve_allow_tf32(allow_tf32_);
-    cuda::UpProjection up = cuda::up_projection(op, {x, groups.by_token(top_k)}, w_up, b_up, w_down.size(2), activation,
-                                                groups, allow_tf32, want_z);
+    const bool allow_tf32 = cuda::resolve_allow_tf32(allow_tf32_, x.scalar_type());
+    cuda::UpProjection up = cuda::up_projection(op, {x, groups.by_token(top_k)}, {w_up}, b_up, w_down.size(2),
+                                                activation, groups, allow_tf32, want_z);
     if (!want_z) up.z.reset();
-    const at::Tensor rows =
-        cuda::grouped_product(op, {up.hidden, groups.grouped()}, w_down, b_down, groups.grouped(), groups, allow_tf32);
+    const at::Tensor rows = cuda::grouped_product(op, {up.hidden, groups.grouped()}, {w_down}, b_down, groups.grouped(),
+                                                  groups, allow_tf32);
     up.hidden.reset();
     const at::Tensor y = cuda::combine_rows(op, rows, cuda::compute_gates(gates, x.scalar_type()), slot_position, top_k,
                                             /*grouped=*/true);
@@ -66,6 +66,11 @@ std::tuple<at::Tensor, at::Tensor> moe_mlp_forward_cuda(
 //   dL/dz = g dA' act'(z);  dL/dx[t] = sum of its slots' dL/dz W_up
 //   dL/dW_down = sum of dO^T (g A);  dL/dW_up = sum of (dL/dz)^T x[t];  dL/db_up = sum of dL/dz;  dL/db_down = sum of g
 //   dO
+//
+// The order is that of the least memory: of the rows of slots no two are there at a time that need not be, and the
+// gradient of w_up, the largest, is made when only dL/dz is left beside it. With kOverZ dL/dz takes the place of z,
+// element by element.
+template <bool kOverZ>
 MoeMlpGrads moe_mlp_backward_cuda(const at::Tensor& grad_, const at::Tensor& x, const at::Tensor& w_up,
                                   const at::Tensor& w_down, const std::optional<at::Tensor>& b_down,
                                   const at::Tensor& gates, const at::Tensor& z_, const at::Tensor& slot_order,
@@ -77,75 +82,71 @@ MoeMlpGrads moe_mlp_backward_cuda(const at::Tensor& grad_, const at::Tensor& x, 
                            activation, glu_layout, output_mask);
     const c10::cuda::CUDAGuard guard(grad_.device());
     const cuda::Groups groups(slot_order, expert_offsets);
-    const int64_t top_k = slot_position.size(1), width = w_down.size(2);
-    const bool allow_tf32 = cuda::resolve_allow_tf32(allow_tf32_);
+    const int64_t top_k = slot_position.size(1);
+    const bool allow_tf32 = cuda::resolve_allow_tf32(allow_tf32_, grad_.scalar_type());
     const auto [need_x, need_w_up, need_b_up, need_w_down, need_b_down, need_gates] = output_mask;
     const bool need_z = need_x || need_w_up || need_b_up;
 
-    const at::Tensor grad = grad_.contiguous(), z = z_.contiguous();
+    const at::Tensor grad = grad_.contiguous();
     const at::Tensor compute_gates = cuda::compute_gates(gates, grad.scalar_type());
     const cuda::MappedRows grad_rows{grad, groups.by_token(top_k)};
-    at::Tensor grad_x = empty_gradient(grad), grad_w_up = empty_gradient(grad), grad_b_up = empty_gradient(grad);
-    at::Tensor grad_w_down = empty_gradient(grad), grad_b_down = empty_gradient(grad);
-    at::Tensor grad_gates = empty_gradient(grad);
+    at::Tensor grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_gates, grad_z;
 
     if (need_b_down) grad_b_down = cuda::bias_gradient(kOp, grad_rows, compute_gates, groups);
-    if (!(need_z || need_w_down || need_gates)) {
-        return {grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_gates};
+    if (need_z || need_w_down || need_gates) {
+        const at::Tensor z = z_.contiguous();
+        const at::Tensor grad_hidden = cuda::grouped_product(
+            kOp, grad_rows, {w_down, /*transposed=*/true}, /*bias=*/std::nullopt, groups.grouped(), groups, allow_tf32);
+        if (need_z) grad_z = kOverZ ? z : at::empty_like(z);
+        if (need_gates) grad_gates = at::empty(gates.sizes(), compute_gates.options());
+        const at::Tensor bias = has_value(b_down) ? b_down->contiguous() : at::Tensor();
+        kernels::ActivationBackwardParams p;
+        p.dtype = cuda::kernel_dtype(grad.scalar_type());
+        p.activation = parse_activation_params(kOp, activation, glu_layout, alpha, limit);
+        p.grad_hidden = grad_hidden.const_data_ptr();
+        p.z = z.const_data_ptr();
+        p.gates = compute_gates.const_data_ptr();
+        p.slot_order = groups.slot_order.const_data_ptr<int32_t>();
+        p.expert_offsets = groups.expert_offsets.const_data_ptr<int32_t>();
+        p.num_experts = cuda::size_32(kOp, "the number of experts", groups.num_experts());
+        p.grad_z = need_z ? grad_z.mutable_data_ptr() : nullptr;
+        // g A takes the place of dA'.
+        p.gated_hidden = need_w_down ? grad_hidden.mutable_data_ptr() : nullptr;
+        p.grad_gates = need_gates ? grad_gates.mutable_data_ptr() : nullptr;
+        p.num_slots = groups.num_slots();
+        p.width = w_down.size(2);
+        p.grad = grad.const_data_ptr();
+        p.bias = cuda::data_or_null(bias);
+        p.top_k = cuda::size_32(kOp, "slot_position.size(1)", top_k);
+        p.out_features = grad.size(1);
+        cuda::check_launch(kOp, kernels::activation_backward(p, cuda::current_stream()),
+                           {{"grad", grad}, {"z", z}, {"w_down", w_down}});
+        if (need_gates) grad_gates = cuda::to_dtype(grad_gates, gates.scalar_type());
+        if (need_w_down) {
+            grad_w_down = at::empty_like(w_down);
+            cuda::weight_gradient(kOp, grad_rows, {grad_hidden, groups.grouped()}, grad_w_down, groups, allow_tf32);
+        }
     }
-
-    at::Tensor grad_hidden = cuda::grouped_product(kOp, grad_rows, w_down.transpose(1, 2), /*bias=*/std::nullopt,
-                                                   groups.grouped(), groups, allow_tf32);
-    at::Tensor grad_z = need_z ? at::empty_like(z) : at::Tensor();
-    if (need_gates) grad_gates = at::empty(gates.sizes(), compute_gates.options());
-    const at::Tensor bias = has_value(b_down) ? b_down->contiguous() : at::Tensor();
-    kernels::ActivationBackwardParams p;
-    p.dtype = cuda::kernel_dtype(grad.scalar_type());
-    p.activation = parse_activation_params(kOp, activation, glu_layout, alpha, limit);
-    p.grad_hidden = grad_hidden.const_data_ptr();
-    p.z = z.const_data_ptr();
-    p.gates = compute_gates.const_data_ptr();
-    p.slot_order = groups.slot_order.const_data_ptr<int32_t>();
-    p.expert_offsets = groups.expert_offsets.const_data_ptr<int32_t>();
-    p.num_experts = cuda::size_32(kOp, "the number of experts", groups.num_experts());
-    p.grad_z = need_z ? grad_z.mutable_data_ptr() : nullptr;
-    // g A takes the place of dA', element by element.
-    p.gated_hidden = need_w_down ? grad_hidden.mutable_data_ptr() : nullptr;
-    p.grad_gates = need_gates ? grad_gates.mutable_data_ptr() : nullptr;
-    p.num_slots = groups.num_slots();
-    p.width = width;
-    p.grad = grad.const_data_ptr();
-    p.bias = cuda::data_or_null(bias);
-    p.top_k = cuda::size_32(kOp, "slot_position.size(1)", top_k);
-    p.out_features = grad.size(1);
-    cuda::check_launch(kOp, kernels::activation_backward(p, cuda::current_stream()),
-                       {{"grad", grad}, {"z", z}, {"w_down", w_down}});
-    const at::Tensor gated_hidden = std::move(grad_hidden);
-
-    if (need_gates) grad_gates = grad_gates.to(gates.scalar_type());
-    if (need_w_down) {
-        grad_w_down = at::empty_like(w_down);
-        cuda::weight_gradient(kOp, grad_rows, {gated_hidden, groups.grouped()}, grad_w_down, groups, allow_tf32);
-    }
-    if (!need_z) return {grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_gates};
-    const cuda::MappedRows grad_z_rows{grad_z, groups.grouped()};
-    if (need_b_up) grad_b_up = cuda::bias_gradient(kOp, grad_z_rows, /*gates=*/at::Tensor(), groups);
+    if (need_b_up) grad_b_up = cuda::bias_gradient(kOp, {grad_z, groups.grouped()}, /*gates=*/at::Tensor(), groups);
     if (need_x) {
-        const at::Tensor rows = cuda::grouped_product(kOp, grad_z_rows, w_up.transpose(1, 2), /*bias=*/std::nullopt,
-                                                      groups.grouped(), groups, allow_tf32);
+        const at::Tensor rows = cuda::grouped_product(kOp, {grad_z, groups.grouped()}, {w_up, /*transposed=*/true},
+                                                      /*bias=*/std::nullopt, groups.grouped(), groups, allow_tf32);
         grad_x = cuda::combine_rows(kOp, rows, /*gates=*/at::Tensor(), slot_position, top_k, /*grouped=*/true);
     }
     if (need_w_up) {
         grad_w_up = at::empty_like(w_up);
-        cuda::weight_gradient(kOp, grad_z_rows, {x, groups.by_token(top_k)}, grad_w_up, groups, allow_tf32);
+        cuda::weight_gradient(kOp, {grad_z, groups.grouped()}, {x, groups.by_token(top_k)}, grad_w_up, groups,
+                              allow_tf32);
     }
-    return {grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_gates};
+    return {or_empty(grad_x, grad),      or_empty(grad_w_up, grad),   or_empty(grad_b_up, grad),
+            or_empty(grad_w_down, grad), or_empty(grad_b_down, grad), or_empty(grad_gates, grad)};
 }
 
 TORCH_LIBRARY_IMPL(scattermoe, CUDA, m) {
     m.impl("moe_mlp", TORCH_FN(moe_mlp_cuda));
     m.impl("_moe_mlp_forward", TORCH_FN(moe_mlp_forward_cuda));
-    m.impl("_moe_mlp_backward", TORCH_FN(moe_mlp_backward_cuda));
+    m.impl("_moe_mlp_backward", TORCH_FN(moe_mlp_backward_cuda<false>));
+    m.impl("_moe_mlp_backward_over_z", TORCH_FN(moe_mlp_backward_cuda<true>));
 }
 
 }  // namespace

@@ -20,21 +20,24 @@ struct Product {
     kernels::GroupedGemmParams params;
 };
 
-Product make_product(const char* op, const MappedRows& rows, const at::Tensor& weight,
+Product make_product(const char* op, const MappedRows& rows, const ProductWeight& weight,
                      const std::optional<at::Tensor>& bias, const Groups& groups, bool allow_tf32) {
-    const int64_t n = weight.size(1), k = weight.size(2);
+    const int64_t n_dim = weight.n_dim(), k_dim = weight.k_dim();
     // A dimension of one element is contiguous whatever its stride says.
-    const auto rows_along_k = [](const at::Tensor& t) { return t.stride(2) == 1 || t.size(2) <= 1; };
-    const auto rows_along_n = [](const at::Tensor& t) { return t.stride(1) == 1 || t.size(1) <= 1; };
-    const bool readable = rows_along_k(weight)   ? stride_fits(weight, weight.stride(1))
-                          : rows_along_n(weight) ? stride_fits(weight, weight.stride(2))
-                                                 : false;
+    const auto contiguous_along = [](const at::Tensor& t, int64_t dim) {
+        return t.stride(dim) == 1 || t.size(dim) <= 1;
+    };
+    const auto readable = [&](const at::Tensor& t) {
+        return contiguous_along(t, k_dim)   ? stride_fits(t, t.stride(n_dim))
+               : contiguous_along(t, n_dim) ? stride_fits(t, t.stride(k_dim))
+                                            : false;
+    };
     Product product;
     product.in = with_contiguous_rows(rows.tensor);
-    product.weight = readable ? weight : weight.contiguous();
+    product.weight = readable(weight.tensor) ? weight.tensor : weight.tensor.contiguous();
     if (has_value(bias)) product.bias = bias->contiguous();
     const at::Tensor& w = product.weight;
-    const bool k_contiguous = rows_along_k(w);
+    const bool k_contiguous = contiguous_along(w, k_dim);
     kernels::GroupedGemmParams& p = product.params;
     p.dtype = kernel_dtype(product.in.scalar_type());
     p.allow_tf32 = allow_tf32;
@@ -43,25 +46,25 @@ Product make_product(const char* op, const MappedRows& rows, const at::Tensor& w
     p.in_rows = rows.map;
     p.weight = w.const_data_ptr();
     p.weight_expert_stride = w.stride(0);
-    p.weight_n_stride = k_contiguous ? w.stride(1) : 1;
-    p.weight_k_stride = k_contiguous ? 1 : w.stride(2);
+    p.weight_n_stride = k_contiguous ? w.stride(n_dim) : 1;
+    p.weight_k_stride = k_contiguous ? 1 : w.stride(k_dim);
     p.bias = data_or_null(product.bias);
-    p.out_stride = n;
+    p.out_stride = w.size(n_dim);
     p.expert_offsets = groups.expert_offsets.const_data_ptr<int32_t>();
     p.num_experts = size_32(op, "the number of experts", groups.num_experts());
     p.num_slots = size_32(op, "the number of slots", groups.num_slots());
-    p.n = size_32(op, "weight.size(1)", n);
-    p.k = size_32(op, "weight.size(2)", k);
+    p.n = size_32(op, "the columns of a product", w.size(n_dim));
+    p.k = size_32(op, "the columns of a product's rows", w.size(k_dim));
     return product;
 }
 
 }  // namespace
 
-at::Tensor grouped_product(const char* op, const MappedRows& rows, const at::Tensor& weight,
+at::Tensor grouped_product(const char* op, const MappedRows& rows, const ProductWeight& weight,
                            const std::optional<at::Tensor>& bias, const kernels::RowMap& out_map, const Groups& groups,
                            bool allow_tf32) {
     Product product = make_product(op, rows, weight, bias, groups, allow_tf32);
-    at::Tensor out = at::empty({groups.num_slots(), weight.size(1)}, product.in.options());
+    at::Tensor out = at::empty({groups.num_slots(), product.params.n}, product.in.options());
     product.params.out = out.mutable_data_ptr();
     product.params.out_rows = out_map;
     check_launch(op, kernels::grouped_gemm(product.params, current_stream()),
@@ -69,7 +72,7 @@ at::Tensor grouped_product(const char* op, const MappedRows& rows, const at::Ten
     return out;
 }
 
-UpProjection up_projection(const char* op, const MappedRows& rows, const at::Tensor& weight,
+UpProjection up_projection(const char* op, const MappedRows& rows, const ProductWeight& weight,
                            const std::optional<at::Tensor>& bias, int64_t width, const ActivationParams& activation,
                            const Groups& groups, bool allow_tf32, bool want_z) {
     const Product product = make_product(op, rows, weight, bias, groups, allow_tf32);
@@ -77,7 +80,7 @@ UpProjection up_projection(const char* op, const MappedRows& rows, const at::Ten
     result.hidden = at::empty({groups.num_slots(), width}, product.in.options());
     kernels::UpProjectionParams p{product.params, activation, result.hidden.mutable_data_ptr()};
     if (want_z || !kernels::up_projection_is_fused(p)) {
-        result.z = at::empty({groups.num_slots(), weight.size(1)}, product.in.options());
+        result.z = at::empty({groups.num_slots(), product.params.n}, product.in.options());
         p.gemm.out = result.z.mutable_data_ptr();
     }
     check_launch(op, kernels::up_projection(p, current_stream()),

@@ -34,9 +34,19 @@ struct MappedRows {
     kernels::RowMap map;
 };
 
+// Weights [E, n, k], or [E, k, n] where they are transposed, with any strides. A view by transpose() would do, for the
+// host time of an operator.
+struct ProductWeight {
+    const at::Tensor& tensor;
+    bool transposed = false;
+
+    int64_t n_dim() const { return transposed ? 2 : 1; }
+    int64_t k_dim() const { return transposed ? 1 : 2; }
+};
+
 // out[position] = rows[position] weight[e]^T + bias[e], [S, n] with its rows through out_map; rows of sentinels are
-// zero. weight is [E, n, k] with any strides.
-at::Tensor grouped_product(const char* op, const MappedRows& rows, const at::Tensor& weight,
+// zero.
+at::Tensor grouped_product(const char* op, const MappedRows& rows, const ProductWeight& weight,
                            const std::optional<at::Tensor>& bias, const kernels::RowMap& out_map, const Groups& groups,
                            bool allow_tf32);
 
@@ -46,7 +56,7 @@ struct UpProjection {
 };
 
 // z = rows weight^T + bias and hidden = act(z), both in grouped order; rows of sentinels are act(0), which is zero.
-UpProjection up_projection(const char* op, const MappedRows& rows, const at::Tensor& weight,
+UpProjection up_projection(const char* op, const MappedRows& rows, const ProductWeight& weight,
                            const std::optional<at::Tensor>& bias, int64_t width, const ActivationParams& activation,
                            const Groups& groups, bool allow_tf32, bool want_z);
 

@@ -58,7 +58,8 @@ bool reads_tf32(const at::Context& context, Precision (at::Context::*getter)(Bac
 
 }  // namespace
 
-bool resolve_allow_tf32(std::optional<bool> allow_tf32) {
+bool resolve_allow_tf32(std::optional<bool> allow_tf32, at::ScalarType dtype) {
+    if (dtype != at::kFloat) return false;
     if (allow_tf32.has_value()) return *allow_tf32;
     return !at::NoTF32Guard::should_disable_tf32() && reads_tf32(at::globalContext(), &at::Context::float32Precision);
 }
@@ -83,7 +84,7 @@ int64_t row_stride(const at::Tensor& x) {
 }
 
 at::Tensor compute_gates(const std::optional<at::Tensor>& gates, at::ScalarType rows_dtype) {
-    return has_value(gates) ? gates->to(compute_dtype(rows_dtype)).contiguous() : at::Tensor();
+    return has_value(gates) ? to_dtype(*gates, compute_dtype(rows_dtype)).contiguous() : at::Tensor();
 }
 
 }  // namespace scattermoe::cuda

@@ -17,7 +17,8 @@ std::tuple<at::Tensor, at::Tensor> topk_gating_cuda(const at::Tensor& logits, c1
     const c10::cuda::CUDAGuard guard(logits.device());
     const at::ScalarType dtype = compute_dtype(logits.scalar_type());
     const at::Tensor logits_ = logits.contiguous();
-    const at::Tensor bias = has_value(selection_bias) ? selection_bias->to(dtype).contiguous() : at::Tensor();
+    const at::Tensor bias =
+        has_value(selection_bias) ? cuda::to_dtype(*selection_bias, dtype).contiguous() : at::Tensor();
     at::Tensor gates = at::empty({logits.size(0), k.expect_int()}, logits.options().dtype(dtype));
     at::Tensor expert_ids = at::empty(gates.sizes(), logits.options().dtype(at::kLong));
 
@@ -46,7 +47,7 @@ at::Tensor topk_gating_backward_cuda(const at::Tensor& grad_gates, const at::Ten
     check_topk_gating_backward(grad_gates, logits, expert_ids, scoring);
     const c10::cuda::CUDAGuard guard(logits.device());
     const at::Tensor logits_ = logits.contiguous(), ids = expert_ids.contiguous();
-    const at::Tensor grad = grad_gates.to(compute_dtype(logits.scalar_type())).contiguous();
+    const at::Tensor grad = cuda::to_dtype(grad_gates, compute_dtype(logits.scalar_type())).contiguous();
     at::Tensor grad_logits = at::empty(logits.sizes(), logits.options());
 
     kernels::TopkGatingBackwardParams p;

@@ -53,6 +53,7 @@ TORCH_LIBRARY_IMPL(scattermoe, Meta, m) {
     m.impl("moe_mlp", TORCH_FN(moe_mlp_meta));
     m.impl("_moe_mlp_forward", TORCH_FN(moe_mlp_forward_meta));
     m.impl("_moe_mlp_backward", TORCH_FN(moe_mlp_backward_meta));
+    m.impl("_moe_mlp_backward_over_z", TORCH_FN(moe_mlp_backward_meta));
 }
 
 }  // namespace
