@@ -86,8 +86,8 @@ def limit_capacity(expert_ids: Tensor, num_experts: int, capacity: int | Tensor,
         >>> limit_capacity(ids, num_experts=2, capacity=1).T, limit_capacity(ids, 2, 1, gates).T
         (tensor([[0, 2, 1]]), tensor([[2, 0, 1]]))
 
-    Source: GShard, https://arxiv.org/abs/2006.16668; Switch Transformer, https://arxiv.org/abs/2101.03961; by gate: batch
-    prioritized routing, https://arxiv.org/abs/2106.05974.
+    Source: GShard, https://arxiv.org/abs/2006.16668; Switch Transformer, https://arxiv.org/abs/2101.03961; by gate, after the
+    batch prioritized routing of whole tokens: https://arxiv.org/abs/2106.05974.
     """
     _check_choice(expert_ids, gates)
     if isinstance(capacity, Tensor):

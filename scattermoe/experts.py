@@ -66,7 +66,7 @@ class Experts(ExpertParameters):
     ``down_proj_bias``.
 
     Raises:
-        ValueError: unknown activation or layout.
+        ValueError: unknown activation or layout, ``num_experts`` below 1.
 
     Example::
 
@@ -98,6 +98,8 @@ class Experts(ExpertParameters):
     ) -> None:
         super().__init__()
         check_glu_layout(glu_layout)
+        if num_experts < 1:
+            raise ValueError(f"expected num_experts >= 1, got {num_experts}")
         gated = is_gated(activation)
         self.num_experts = num_experts
         self.hidden_size = hidden_size

@@ -74,6 +74,7 @@ def update_selection_bias(bias: Tensor, expert_load: Tensor, rate: float = 1e-3)
         ``bias``.
 
     Raises:
+        TypeError: ``bias`` is not floating.
         ValueError: the shapes differ.
 
     Example::
@@ -85,6 +86,8 @@ def update_selection_bias(bias: Tensor, expert_load: Tensor, rate: float = 1e-3)
 
     Source: auxiliary-loss-free load balancing, https://arxiv.org/abs/2408.15664; DeepSeek-V3, https://arxiv.org/abs/2412.19437.
     """
+    if not bias.is_floating_point():
+        raise TypeError(f"expected bias of a floating dtype, got {bias.dtype}")
     if bias.shape != expert_load.shape:
         raise ValueError(
             f"expected expert_load.shape == bias.shape, got {list(expert_load.shape)} and {list(bias.shape)}"

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from scattermoe.experts import Experts
 from scattermoe.moe import MoE, MoEAux
 
 PLAIN = {
@@ -196,6 +197,8 @@ def test_bad_construction(kwargs: dict, words: list[str]) -> None:
 
 
 def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="num_experts >= 1, got 0"):
+        Experts(0, 8, 4)
     moe = MoE(8, 4, 4, 2)
     with pytest.raises(ValueError, match=r"expected x of shape \[\.\.\., 8\], got \[3, 7\]"):
         moe(torch.randn(3, 7))

@@ -115,6 +115,8 @@ def test_bad_input() -> None:
         router.update_selection_bias(torch.ones(4))
     with pytest.raises(ValueError, match=r"\[3\] and \[4\]"):
         update_selection_bias(torch.zeros(4), torch.ones(3))
+    with pytest.raises(TypeError, match=r"bias of a floating dtype, got torch\.int64"):
+        update_selection_bias(torch.zeros(4, dtype=torch.long), torch.ones(4))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
