@@ -311,11 +311,17 @@ def test_from_pretrained_refuses(tmp_path: Path) -> None:
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="scattermoe")
 
 
-def test_transformers_is_optional() -> None:
-    code = "import scattermoe, sys; assert 'transformers' not in sys.modules; sys.modules['transformers'] = None; "
-    command = [sys.executable, "-c", code + "import scattermoe.transformers"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    message = "ImportError: scattermoe.transformers needs transformers 5 or newer: pip install 'transformers>=5'"
+ABSENT = "sys.modules['transformers'] = None"
+OLD = "import transformers; transformers.__version__ = '5.4.2'"
+
+
+@pytest.mark.parametrize("condition", [ABSENT, OLD], ids=["absent", "old"])
+def test_transformers_is_optional(condition: str) -> None:
+    code = (
+        f"import scattermoe, sys; assert 'transformers' not in sys.modules; {condition}; import scattermoe.transformers"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    message = "ImportError: scattermoe.transformers needs transformers 5.8 or newer: pip install 'transformers>=5.8'"
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == message
 
 

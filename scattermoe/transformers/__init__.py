@@ -11,7 +11,9 @@ from .rules import broken_rule, check
 try:
     from .registration import register
 except ImportError as error:
-    raise ImportError("scattermoe.transformers needs transformers 5 or newer: pip install 'transformers>=5'") from error
+    raise ImportError(
+        "scattermoe.transformers needs transformers 5.8 or newer: pip install 'transformers>=5.8'"
+    ) from error
 
 __all__ = ["broken_rule", "check", "experts_forward"]
 

@@ -6,13 +6,16 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, __version__
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .experts import experts_forward
 from .rules import NAME, check, experts_modules
 
 __all__ = ["register"]
+
+if tuple(int(number) for number in __version__.split(".")[:2]) < (5, 8):
+    raise ImportError(f"transformers {__version__} has no experts interface that others can register with")
 
 
 def register() -> None:
@@ -30,7 +33,7 @@ def register() -> None:
 def _setting(set_implementation: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(set_implementation)
     def set_and_check(self: PreTrainedModel, experts_implementation: str | dict[str, str]) -> None:
-        configs = [module.config for module in self.modules() if isinstance(module, PreTrainedModel)]
+        configs = _configs(self)
         before = [config._experts_implementation for config in configs]
         set_implementation(self, experts_implementation)
         if not _names_it(experts_implementation):
@@ -51,7 +54,7 @@ def _loading(load: Callable[..., Any]) -> classmethod:
         loaded = load(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # The auto classes hand the choice over in the config.
-        if _names_it(model.get_experts_implementation()):
+        if any(config._experts_implementation == NAME for config in _configs(model)):
             _check_chosen(model)
         return loaded
 
@@ -71,7 +74,12 @@ def _creating(create: Callable[..., PreTrainedModel]) -> classmethod:
     return classmethod(create_and_check)
 
 
-def _names_it(implementation: str | dict[str, str | None] | None) -> bool:
+def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
+    """Those of the model and of the models inside: where the choice is kept."""
+    return [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def _names_it(implementation: str | dict[str, str] | None) -> bool:
     return NAME in (implementation.values() if isinstance(implementation, dict) else (implementation,))
 
 
