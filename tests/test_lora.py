@@ -811,3 +811,97 @@ def test_the_activation_by_itself_says_what_is_wrong() -> None:
     ):
         with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
             call()
+
+
+# ---- Other libraries' models -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parity() -> Any:
+    """Small random models of transformers."""
+    pytest.importorskip("transformers")
+    import scattermoe.transformers  # noqa: F401  (registers "scattermoe")
+    from tests import parity
+
+    return parity
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "nemotron_h", "jamba"])
+def test_transformers(device: str, parity: Any, name: str) -> None:
+    """Against the same model with W + s B A as its weights and transformers' own loop over experts."""
+    model = parity.build(name, device, torch.float64)
+    inputs = parity.batch(model)
+    before, kinds, names = model(**inputs).logits, [type(m) for m in model.modules()], list(model.state_dict())
+    with pytest.raises(ValueError, match=r'experts .*: expected the experts implementation "scattermoe", got'):
+        lora.add_adapters(model)
+    model.set_experts_implementation("scattermoe")
+    report = lora.add_adapters(model, r=R, alpha=2 * R)
+    assert all(entry.targets == ("up", "down") for entry in report)
+    assert_close(model(**inputs).logits, before)
+    randomise(model)
+
+    merged = copy.deepcopy(model)
+    lora.merge(merged)
+    lora.remove(merged)
+    merged.set_experts_implementation("eager")
+    assert [type(m) for m in merged.modules()] == kinds and list(merged.state_dict()) == names
+    got = model(**inputs).logits
+    assert not torch.allclose(got, before)
+    assert_close(got, merged(**inputs).logits)
+
+    weight = torch.randn_like(got)
+    with Calls() as calls:
+        (got * weight).sum().backward()
+    assert all(R in shape[1:] for shape in products_of_weight_gradients(calls))
+    merged.requires_grad_(True)
+    (merged(**inputs).logits * weight).sum().backward()
+    for entry in report:
+        for target, projection in lora.adapters.projections(merged.get_submodule(entry.path)).items():
+            want = getattr(projection.owner, projection.name).grad
+            want = want.mT if projection.transposed else want
+            adapter = model.get_submodule(f"{entry.path}.lora.{target}")
+            for found, correct in (
+                (adapter.A.grad, 2 * adapter.B.mT @ want),
+                (adapter.B.grad, 2 * want @ adapter.A.mT),
+            ):
+                # Some models compute parts of themselves in float32 whatever their dtype is.
+                assert_close(found, correct, rtol=1e-4, atol=1e-5 * float(correct.detach().abs().max()))
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+    # No other implementation may leave the adapters out.
+    model.set_experts_implementation("eager")
+    with pytest.raises(RuntimeError, match=r"has adapters of scattermoe\.lora, which .* 'eager'"):
+        model(**inputs)
+    lora.remove(model)
+    assert_close(model(**inputs).logits, before)
+
+
+def test_transformers_generates(device: str, parity: Any) -> None:
+    model = parity.build("qwen3_moe", device, torch.float32)
+    model.set_experts_implementation("scattermoe")
+    lora.add_adapters(model, r=R)
+    randomise(model)
+    inputs = parity.batch(model)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    tokens = model.generate(**inputs, **options)
+    lora.merge(model)
+    assert torch.equal(model.generate(**inputs, **options), tokens)
+
+
+def test_stacked_experts_of_a_replaced_model(device: str) -> None:
+    """Experts that scattermoe.replace_moe stacked keep the state dict of single experts, and the adapters beside it."""
+    from examples.swap_into_model import LoopMoE
+
+    model = LoopMoE(HIDDEN, WIDTH, EXPERTS, TOP_K).to(device, torch.float64)
+    names, x = list(model.state_dict()), tokens(device)
+    scattermoe.replace_moe(model)
+    lora.add_adapters(model, r=R, alpha=2 * R)
+    randomise(model)
+    want, state = model(x), lora.adapter_state_dict(model)
+    assert [name for name in model.state_dict() if name not in state] == names
+    lora.merge(model)
+    lora.remove(model)
+    assert_close(model(x), want)
+    plain = LoopMoE(HIDDEN, WIDTH, EXPERTS, TOP_K).to(device, torch.float64)
+    plain.load_state_dict(model.state_dict())
+    assert_close(plain(x), want)

@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils import checkpoint
 
 import scattermoe
+from scattermoe import lora
 from tests.modes import Calls
 
 VOCABULARY, HIDDEN, LENGTH = 32, 16, 6
@@ -89,6 +90,15 @@ def build(device: str = "cpu", dtype: torch.dtype = torch.float64, wrap: Wrap = 
     """The same weights in every process, every call and (rounded) every dtype."""
     torch.manual_seed(1)
     return Model(wrap).to(device, dtype)
+
+
+def adapted() -> Model:
+    """The same model with adapters, as after training."""
+    model = build()
+    lora.add_adapters(model, r=2)
+    for parameter in lora.adapter_parameters(model):
+        nn.init.normal_(parameter, std=0.3)
+    return model
 
 
 def batch(device: str = "cpu", sequences: int = 4) -> Tensor:
@@ -301,6 +311,11 @@ def work(rank: int, folder: Path) -> None:
     narrow(part).backward()
     results["fsdp, bfloat16"] = whole(gradients(narrow))
 
+    fine_tuned = shard(adapted(), mesh=mesh)
+    fine_tuned(part).backward()
+    assert all(p.grad is None for p in fine_tuned.parameters() if not p.requires_grad)
+    results["fsdp, lora"] = whole({n: p.grad for n, p in fine_tuned.named_parameters() if p.requires_grad})
+
     state = {"model": get_model_state_dict(sharded)}
     dcp.load(state, checkpoint_id=folder / "from_one")
     set_model_state_dict(sharded, state["model"])
@@ -345,6 +360,13 @@ def test_gradients_of_two_processes(
     processes: tuple[Path, dict[str, Any]], alone: dict[str, Tensor], kind: str
 ) -> None:
     assert_same_gradients(processes[1][kind], alone)
+
+
+def test_adapters_of_two_processes(processes: tuple[Path, dict[str, Any]]) -> None:
+    model = adapted()
+    model(batch()).backward()
+    names = list(lora.adapter_state_dict(model))
+    assert_same_gradients(processes[1]["fsdp, lora"], {name: model.get_parameter(name).grad for name in names})
 
 
 def test_sharded_step(processes: tuple[Path, dict[str, Any]], alone: dict[str, Tensor]) -> None:

@@ -251,7 +251,9 @@ class _LowRankMlp(torch.autograd.Function):
                 "activation makes it one that does"
             )
         # Read once: checkpointing computes them again and lets go of them.
-        x, w_up, b_up, w_down, b_down, gates, *factors, slot_order, slot_position, expert_offsets, u, z = ctx.saved_tensors
+        x, w_up, b_up, w_down, b_down, gates, *factors, slot_order, slot_position, expert_offsets, u, z = (
+            ctx.saved_tensors
+        )
         up_a, up_b, down_a, down_b, up_keep, down_keep = factors
         routing = Routing(slot_order, slot_position, expert_offsets)
         need_x, need_w_up, need_b_up, need_w_down, need_b_down, need_gates = ctx.needs_input_grad[:6]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import functional
+from .. import functional, lora
 from ..activations import activation_name
 
 __all__ = ["experts_forward"]
@@ -33,7 +33,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     """Compute a transformers experts module: what ``"scattermoe"`` stands for in the experts interface.
 
     It is one :func:`scattermoe.moe_mlp`: fused where the activation is one of the operator's, around the model's own
-    ``act_fn`` or ``_apply_gate`` where it is not.
+    ``act_fn`` or ``_apply_gate`` where it is not. Adapters of :mod:`scattermoe.lora` take part.
 
     Args:
         self: a module of a class decorated with ``transformers.integrations.use_experts_implementation``.
@@ -65,8 +65,14 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     if self.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     routing = functional.route(top_k_index, self.num_experts)
-    y = functional.moe_mlp(
-        hidden_states, up, down, top_k_weights, routing, up_bias=up_bias, down_bias=down_bias, **_activation(self)
+    up_addend, down_addend = lora.low_ranks(self._modules.get("lora"), "up", "down")
+    y = lora.moe_mlp(
+        *(hidden_states, up, down, top_k_weights, routing),
+        up=up_addend,
+        down=down_addend,
+        up_bias=up_bias,
+        down_bias=down_bias,
+        **_activation(self),
     )
     return y.to(hidden_states.dtype)  # autocast computes in its own dtype
 
