@@ -10,6 +10,7 @@ from .attention import MixtureOfAttention  # noqa: E402
 from .cache import KVCache, StaticKVCache  # noqa: E402
 from .experts import Experts, SharedExpert  # noqa: E402
 from .functional import Routing, combine, moe_mlp, parallel_linear, route, topk_gating  # noqa: E402
+from .launches import Launch, explain  # noqa: E402
 from .load import LoadStatistics, expert_load, load_statistics, plot_expert_load  # noqa: E402
 from .losses import load_balancing_loss, router_z_loss  # noqa: E402
 from .mlp import GLUMLP, MLP  # noqa: E402
@@ -26,6 +27,7 @@ __all__ = [
     "CannotReplace",
     "Experts",
     "KVCache",
+    "Launch",
     "LoadStatistics",
     "MixtureOfAttention",
     "MoE",
@@ -41,6 +43,7 @@ __all__ = [
     "expert_choice",
     "expert_load",
     "expert_scores",
+    "explain",
     "flatten_sort_count",
     "kernels",
     "limit_capacity",

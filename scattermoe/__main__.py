@@ -12,41 +12,44 @@ import torch
 
 import scattermoe
 from scattermoe import _library, selfcheck
+from scattermoe.launches import code_arch
+
+# A layer whose products are large enough to fill a GPU.
+_TYPICAL = {"num_tokens": 8192, "top_k": 8, "num_experts": 64, "hidden_size": 2048, "intermediate_size": 1024}
 
 
-def _code_arch(archs: list[str], capability: int) -> int | None:
-    """Returns the architecture of the compiled code that the driver loads for a GPU, as it chooses: the newest binary of the
-    same generation that is not newer than the GPU, else the newest PTX, else None."""
-    binaries = [int(a[3:]) for a in archs if a.startswith("sm_") and a[3:].isdigit()]
-    ptx = [int(a[8:]) for a in archs if a.startswith("compute_")]
-    same_generation = [a for a in binaries if a // 10 == capability // 10 and a <= capability]
-    older = [a for a in ptx if a <= capability]
-    return max(same_generation or older, default=None)
+def _kernel_lines(device: str) -> list[str]:
+    """What a typical mixture of experts launches on a device, and the one product that other dtypes and sizes change."""
+    lines = [f"moe_mlp, bfloat16, {', '.join(f'{name} {size}' for name, size in _TYPICAL.items())}"]
+    for backward in (False, True):
+        launches = scattermoe.explain("moe_mlp", dtype="bfloat16", device=device, backward=backward, **_TYPICAL)
+        lines += [f"  {'backward' if backward else 'forward'}", *(f"    {launch}" for launch in launches)]
+    if device != "cpu":
+        lines.append("the first product elsewhere")
+        for name, changes in (
+            ("8 tokens", {"num_tokens": 8}),
+            ("float32", {"dtype": "float32"}),
+            ("float64", {"dtype": "float64"}),
+        ):
+            first = scattermoe.explain("moe_mlp", device=device, **{**_TYPICAL, "dtype": "bfloat16", **changes})[0]
+            lines.append(f"    {name}, {first}")
+    return lines
 
 
 def _device_lines(info: dict) -> list[str]:
-    """What each device of this machine computes a grouped product with, for a few typical ones."""
-    explain = _library.load().explain
-    lines = [f"cpu, {torch.get_num_threads()} threads", f"    {explain('float32', 4096, 64)['why']}"]
+    """The devices of this machine, with the code that runs on them."""
+    lines = [f"cpu, {torch.get_num_threads()} threads"]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         major, minor = torch.cuda.get_device_capability(index)
-        lines.append(f"cuda:{index}, {torch.cuda.get_device_name(index)}, compute capability {major}.{minor}")
-        arch = _code_arch(info["cuda_archs"], 10 * major + minor)
+        name = f"cuda:{index}, {torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+        arch = code_arch(info["cuda_archs"], 10 * major + minor)
         if not info["cuda"]:
-            lines.append("    no kernels: this is a build for the CPU only")
+            code = "no kernels: this is a build for the CPU only"
         elif arch is None:
-            lines.append(f"    no kernels for it: build again with TORCH_CUDA_ARCH_LIST={major}.{minor}")
+            code = f"no kernels for it: build again with TORCH_CUDA_ARCH_LIST={major}.{minor}"
         else:
-            lines.append(f"    code compiled for sm_{arch}")
-            for name, dtype, rows, options in (
-                ("bfloat16, 65536 rows", "bfloat16", 65536, {}),
-                ("bfloat16, 64 rows", "bfloat16", 64, {}),
-                ("bfloat16, weight gradient", "bfloat16", 65536, {"weight_gradient": True}),
-                ("float32", "float32", 65536, {}),
-                ("float32 with TF32", "float32", 65536, {"allow_tf32": True}),
-                ("float64", "float64", 65536, {}),
-            ):
-                lines.append(f"    {name + ', 64 experts:':<38}{explain(dtype, rows, 64, arch=arch, **options)['why']}")
+            code = f"code compiled for sm_{arch}"
+        lines.append(f"{name}: {code}")
     return lines
 
 
@@ -58,6 +61,7 @@ def _report(info: dict) -> None:
     print(f"  running    PyTorch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
     for index, line in enumerate(_device_lines(info)):
         print(f"  {'' if index else 'devices':<10} {line}")
+    print("  kernels    python -m scattermoe --explain DEVICE, with cpu, cuda or an architecture such as sm_90")
 
 
 def _check(device: str) -> bool:
@@ -98,11 +102,20 @@ def main() -> int:
     )
     parser.add_argument("--no-check", action="store_true", help="only report what is installed")
     parser.add_argument(
+        "--explain", metavar="DEVICE", help="only print the kernels of a typical layer on cpu, cuda or, say, sm_90"
+    )
+    parser.add_argument(
         "--cmake-prefix-path", action="store_true", help="only print where find_package(scattermoe) looks"
     )
     arguments = parser.parse_args()
     if arguments.cmake_prefix_path:
         print(Path(scattermoe.__file__).resolve().parent)
+        return 0
+    if arguments.explain:
+        try:
+            print("\n".join(_kernel_lines(arguments.explain)))
+        except ValueError as error:
+            parser.error(str(error))
         return 0
     info = _library.load().build_info()
     _report(info)

@@ -1,5 +1,6 @@
 """`python -m scattermoe`: its report, its exit status, and that its checks can fail."""
 
+import platform
 import subprocess
 import sys
 
@@ -8,7 +9,6 @@ import torch
 
 import scattermoe
 from scattermoe import _C, _library, functional, selfcheck
-from scattermoe.__main__ import _code_arch
 
 
 def test_command_succeeds() -> None:
@@ -52,6 +52,10 @@ def test_a_nan_is_found() -> None:
 
 def test_build_info() -> None:
     info = _C.build_info()
+    names = ("version", "torch", "python", "compiler", "build_type", "flags", "openmp", "cuda", "cuda_archs")
+    assert tuple(info) == names
+    assert info["python"].split(".")[:2] == platform.python_version().split(".")[:2]
+    assert info["compiler"].split()[0] in ("GNU", "Clang") and info["build_type"] and isinstance(info["openmp"], bool)
     assert info["version"] == scattermoe.__version__
     assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
     assert (info["cuda"] is None) == (info["cuda_archs"] == [])
@@ -63,23 +67,3 @@ def test_another_pytorch_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPa
         ImportError, match=r"built for PyTorch 2\.\d+.* and this is PyTorch 1\.13\.1; rebuild it: pip install"
     ):
         _library.load()
-
-
-@pytest.mark.parametrize(
-    ("capability", "arch"),
-    [(75, None), (80, 80), (86, 86), (87, 86), (90, 90), (100, 100), (103, 100), (120, 120), (130, 120)],
-)
-def test_code_for_a_gpu(capability: int, arch: int | None) -> None:
-    archs = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120", "compute_120"]
-    assert _code_arch(archs, capability) == arch
-
-
-def test_explain() -> None:
-    assert _C.explain("float32", 4096, 64)["engine"] == "ATen"
-    assert _C.explain("float64", 4096, 64, arch=80)["engine"] == "fma"
-    assert _C.explain("float32", 4096, 64, arch=80, allow_tf32=True)["engine"] == "mma.sync"
-    many, few = (_C.explain("bfloat16", rows, 64, arch=80) for rows in (65536, 64))
-    assert many["tile"][0] > few["tile"][0]
-    for bad in ({"dtype": "int8"}, {"rows": -1}, {"num_experts": 0}, {"arch": 70}):
-        with pytest.raises(ValueError, match="expected"):
-            _C.explain(**{"dtype": "bfloat16", "rows": 1, "num_experts": 1, "arch": 80, **bad})

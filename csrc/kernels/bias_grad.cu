@@ -3,9 +3,8 @@
 
 #include "bias_grad.h"
 
-#include <algorithm>
-
 #include "dispatch.h"
+#include "select.h"
 #include "vector.h"
 
 namespace scattermoe::kernels {
@@ -14,16 +13,6 @@ namespace {
 
 constexpr int kColumnThreads = 32;
 constexpr int kRowThreads = 8;
-// Enough blocks to fill a large GPU, few enough parts that adding them costs little.
-constexpr int64_t kWantedBlocks = 1024;
-constexpr int64_t kMaxParts = 64;
-constexpr int64_t kMinRows = 128;  // mean rows of a part
-
-int num_parts(int32_t num_experts, int32_t num_slots, int32_t n) {
-    const int64_t blocks = std::max<int64_t>(1, num_experts * ceil_div(n, kColumnThreads * 8));
-    const int64_t by_rows = ceil_div(num_slots, kMinRows);
-    return static_cast<int>(std::max<int64_t>(1, std::min({kMaxParts, ceil_div(kWantedBlocks, blocks), by_rows})));
-}
 
 // Out is the element type where there is one part, else the compute type of partial sums [parts][E][n].
 template <typename T, typename Out, bool kAligned>
@@ -82,7 +71,7 @@ __global__ void add_parts_kernel(const ComputeType<T>* parts, int num_parts, int
 }  // namespace
 
 int64_t bias_grad_workspace(DType dtype, int32_t num_experts, int32_t num_slots, int32_t n) {
-    const int64_t parts = num_parts(num_experts, num_slots, n);
+    const int64_t parts = bias_grad_parts(num_experts, num_slots, n);
     const int64_t bytes = dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
     return parts == 1 ? 0 : parts * num_experts * n * bytes;
 }
@@ -95,7 +84,7 @@ cudaError_t bias_grad(const BiasGradParams& p, cudaStream_t stream) {
                              is_vector_aligned(p.grad);
         return dispatch_bool(aligned, [&](auto vectors) {
             constexpr bool kAligned = vectors.value;
-            const int parts = num_parts(p.num_experts, p.num_slots, p.n);
+            const auto parts = static_cast<int>(bias_grad_parts(p.num_experts, p.num_slots, p.n));
             const dim3 block(kColumnThreads, kRowThreads);
             const int64_t blocks = p.num_experts * ceil_div(p.n, kColumnThreads * kVectorSize<T, kAligned>);
             if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 
+#include "select.h"
 #include "types.h"
 #include "vector.h"
 
@@ -21,7 +22,6 @@ namespace {
 
 constexpr int kMaxBlocks = 128;
 constexpr int kMaxWarps = 16;
-constexpr int kSingleBlockSlots = 4096;
 // Counters of a block in shared memory: what every GPU from Ampere on grants, with room for the scan.
 constexpr int kSharedBudget = 96 * 1024;
 

@@ -3,6 +3,7 @@
 // Which kernel and tile a product takes: pure functions of dtype, shape, alignment and architecture, so that they can
 // be tested and shown without a GPU. The same shape always takes the same kernel; nothing is tuned at run time.
 
+#include <algorithm>
 #include <cstdint>
 
 #include "types.h"
@@ -154,6 +155,20 @@ constexpr GemmChoice select_gemm(const GemmQuery& query) {
     }
     return {GemmEngine::kTensorCore, TileId::kWide, true,
             "mma.sync, 128x256 tile, 128-byte stages (registers; 228 KB of shared memory)"};
+}
+
+// ---- Other kernels ----
+
+// Slots up to which one block sorts all of them: counting in several would take three kernels.
+inline constexpr int64_t kSingleBlockSlots = 4096;
+
+// In how many parts the rows of an expert are summed for a gradient of biases: enough blocks to fill a large GPU, few
+// enough parts that adding them up in a second kernel costs little.
+constexpr int64_t bias_grad_parts(int64_t num_experts, int64_t num_slots, int64_t n) {
+    constexpr int64_t kWantedBlocks = 1024, kMaxParts = 64, kColumnsPerBlock = 256;
+    constexpr int64_t kMinRows = 128;  // mean rows of a part
+    const int64_t blocks = std::max<int64_t>(1, num_experts * ceil_div(n, kColumnsPerBlock));
+    return std::max<int64_t>(1, std::min({kMaxParts, ceil_div(kWantedBlocks, blocks), ceil_div(num_slots, kMinRows)}));
 }
 
 }  // namespace scattermoe::kernels

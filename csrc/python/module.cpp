@@ -6,9 +6,10 @@
 
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
-#include "kernels/select.h"
-#include "kernels/sm90/select.h"
+#include "explain.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -25,66 +26,73 @@ py::dict build_info() {
     py::dict info;
     info["version"] = SCATTERMOE_VERSION;
     info["torch"] = SCATTERMOE_TORCH_VERSION;
+    info["python"] = PY_VERSION;
     info["compiler"] = SCATTERMOE_COMPILER;
+    info["build_type"] = SCATTERMOE_BUILD_TYPE;
     info["flags"] = SCATTERMOE_COMPILE_FLAGS;
+    info["openmp"] = static_cast<bool>(SCATTERMOE_OPENMP);
     info["cuda"] = none_if_empty(SCATTERMOE_CUDA_VERSION);
     info["cuda_archs"] = py::str(SCATTERMOE_CUDA_ARCHS).attr("split")();
     return info;
 }
 
-kernels::DType parse_dtype(const std::string& name) {
-    if (name == "bfloat16") return kernels::DType::kBFloat16;
-    if (name == "float16") return kernels::DType::kFloat16;
-    if (name == "float32") return kernels::DType::kFloat32;
-    if (name == "float64") return kernels::DType::kFloat64;
-    throw py::value_error("expected dtype to be bfloat16, float16, float32 or float64, got " + name);
+// The value that a table of {name, value} has for a name.
+template <typename Table>
+auto parse(const char* what, const std::string& name, const Table& table) {
+    std::string names;
+    for (const auto& [known, value] : table) {
+        if (known == name) return value;
+        names += (names.empty() ? "" : ", ") + std::string(known);
+    }
+    throw py::value_error(std::string("unknown ") + what + " '" + name + "', expected one of " + names);
 }
 
-const char* engine_name(kernels::GemmEngine engine) {
-    switch (engine) {
-        case kernels::GemmEngine::kSimt:
-            return "fma";
-        case kernels::GemmEngine::kTensorCore:
-            return "mma.sync";
-        case kernels::GemmEngine::kHopper:
-            return "wgmma";
-    }
-    return "unknown";
+const std::vector<std::pair<std::string, kernels::DType>> kDTypeNames{{"bfloat16", kernels::DType::kBFloat16},
+                                                                      {"float16", kernels::DType::kFloat16},
+                                                                      {"float32", kernels::DType::kFloat32},
+                                                                      {"float64", kernels::DType::kFloat64}};
+
+void check_at_least(const char* name, int64_t value, int64_t minimum) {
+    if (value >= minimum) return;
+    throw py::value_error(std::string("expected ") + name + " >= " + std::to_string(minimum) + ", got " +
+                          std::to_string(value));
 }
 
-py::dict explain(const std::string& dtype, int64_t rows, int64_t num_experts, std::optional<int> arch,
-                 bool weight_gradient, bool allow_tf32, bool aligned) {
-    const kernels::DType type = parse_dtype(dtype);
-    if (rows < 0 || num_experts < 1) {
-        throw py::value_error("expected rows >= 0 and num_experts >= 1, got " + std::to_string(rows) + " and " +
-                              std::to_string(num_experts));
-    }
-    if (!arch.has_value()) {
-        return py::dict("engine"_a = "ATen", "tile"_a = py::none(), "stages"_a = py::none(),
-                        "why"_a =
-                            "one product for each expert, experts side by side on threads; the largest run "
-                            "alone with all threads where the others would wait for them");
-    }
-    if (*arch < 80) throw py::value_error("expected arch >= 80, got " + std::to_string(*arch));
-    const bool hopper = *arch == 90 && aligned && kernels::size_of(type) == 2;
-    kernels::GemmQuery query{type, allow_tf32, *arch, aligned, rows, num_experts, weight_gradient};
+py::list explain_call(const std::string& op, const std::string& dtype, int64_t num_tokens, int64_t num_experts,
+                      int64_t top_k, int64_t hidden_size, int64_t intermediate_size, bool backward,
+                      std::optional<int> arch, bool hopper, bool allow_tf32, bool bias, bool transposed,
+                      bool grouped_in, bool grouped_out, const std::string& activation, const std::string& glu_layout) {
+    check_at_least("num_tokens", num_tokens, 0);
+    check_at_least("num_experts", num_experts, 1);
+    check_at_least("top_k", top_k, 1);
+    check_at_least("hidden_size", hidden_size, 0);
+    check_at_least("intermediate_size", intermediate_size, 0);
+    if (arch.has_value()) check_at_least("arch", *arch, 80);
+    ExplainQuery query;
+    query.op = op;
+    query.backward = backward;
+    query.arch = arch;
     query.hopper = hopper;
-    const kernels::GemmChoice choice = kernels::select_gemm(query);
-    if (choice.engine == kernels::GemmEngine::kHopper) {
-        namespace sm90 = kernels::sm90;
-        const sm90::TileChoice tile = weight_gradient
-                                          ? sm90::select_weight_grad_tile(query.columns, sm90::GatheredSide::kNeither)
-                                          : sm90::select_store_tile(query.columns, query.columns, /*gathered=*/false,
-                                                                    /*weight_k_contiguous=*/true);
-        const sm90::TileShape shape = sm90::tile_shape(tile.tile);
-        return py::dict("engine"_a = engine_name(choice.engine),
-                        "tile"_a = py::make_tuple(shape.m, shape.n, sm90::kStageK),
-                        "stages"_a = sm90::stage_count(tile.tile), "why"_a = tile.why);
+    query.allow_tf32 = allow_tf32;
+    query.dtype = parse("dtype", dtype, kDTypeNames);
+    query.num_tokens = num_tokens;
+    query.num_experts = num_experts;
+    query.top_k = top_k;
+    query.hidden_size = hidden_size;
+    query.intermediate_size = intermediate_size;
+    query.bias = bias;
+    query.transposed = transposed;
+    query.grouped_in = grouped_in;
+    query.grouped_out = grouped_out;
+    query.activation = parse("activation", activation, kActivationNames);
+    query.glu_layout = parse("glu_layout", glu_layout, kGluLayoutNames);
+    py::list launches;
+    for (const Launch& launch : explain(query)) {
+        launches.append(py::dict("step"_a = launch.step, "kernel"_a = launch.kernel,
+                                 "tile"_a = launch.tile ? py::object(py::tuple(py::cast(*launch.tile))) : py::none(),
+                                 "stages"_a = launch.stages, "why"_a = launch.why));
     }
-    const kernels::GemmTile tile = kernels::tile_shape(choice.tile);
-    return py::dict("engine"_a = engine_name(choice.engine),
-                    "tile"_a = py::make_tuple(tile.m, tile.n, tile.k_elements(kernels::size_of(type))),
-                    "stages"_a = tile.stages, "why"_a = choice.why);
+    return launches;
 }
 
 }  // namespace
@@ -92,30 +100,35 @@ py::dict explain(const std::string& dtype, int64_t rows, int64_t num_experts, st
 }  // namespace scattermoe
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Build information of the scattermoe library, and which kernel a product takes.";
-    m.def("build_info", &scattermoe::build_info,
-          "What the library was built from: version, torch, compiler, flags, cuda (None for a CPU build), cuda_archs.");
-    m.def("explain", &scattermoe::explain, "dtype"_a, "rows"_a, "num_experts"_a, py::kw_only(), "arch"_a = py::none(),
-          "weight_gradient"_a = false, "allow_tf32"_a = false, "aligned"_a = true,
-          R"(Which kernel a grouped matrix product takes, and why; no GPU is needed to ask.
+    m.doc() = "Build information of the scattermoe library, and which kernels an operator launches.";
+    m.def(
+        "build_info", &scattermoe::build_info,
+        "What the library was built from and how: version, torch, python, compiler, build_type, flags, openmp (False: "
+        "the CPU kernels are single-threaded), cuda (None for a CPU build), cuda_archs.");
+    m.def("explain", &scattermoe::explain_call, "op"_a, py::kw_only(), "dtype"_a, "num_tokens"_a, "num_experts"_a,
+          "top_k"_a = 1, "hidden_size"_a = 0, "intermediate_size"_a = 0, "backward"_a = false, "arch"_a = py::none(),
+          "hopper"_a = true, "allow_tf32"_a = false, "bias"_a = false, "transposed"_a = false, "grouped_in"_a = false,
+          "grouped_out"_a = false, "activation"_a = "swiglu", "glu_layout"_a = "gate_up",
+          R"(Which kernels an operator launches, in their order, and why; scattermoe.explain asks it about a device.
 
 Args:
+    op, num_tokens, num_experts, top_k, hidden_size, intermediate_size, backward, bias, transposed, grouped_in,
+        grouped_out, activation, glu_layout: as in scattermoe.explain.
     dtype: "bfloat16", "float16", "float32" or "float64".
-    rows: slots in all, over every expert.
-    num_experts: E.
     arch: architecture of the compiled code, such as 80 or 90; None for the CPU.
-    weight_gradient: the product that contracts over the rows.
+    hopper: with arch 90, whether the kernels for it are there and wanted.
     allow_tf32: whether float32 operands may be rounded to TF32.
-    aligned: whether every row of both operands starts at a multiple of 16 bytes.
 
 Returns:
-    A dict of engine, tile (m, n, k), stages and why.
+    A list of dicts of step, kernel, tile (m, n, k of a stage; None where there is none), stages and why.
 
 Raises:
-    ValueError: An unknown dtype or an impossible size.
+    ValueError: An unknown name, an impossible size, or the backward of an op that has none.
 
 Example:
-    >>> scattermoe._C.explain("bfloat16", rows=65536, num_experts=64, arch=80)["engine"]
-    'mma.sync'
+    >>> sizes = {"num_tokens": 8192, "num_experts": 8, "top_k": 2, "hidden_size": 4096, "intermediate_size": 14336}
+    >>> launches = scattermoe._C.explain("moe_mlp", dtype="bfloat16", arch=80, **sizes)
+    >>> [launch["kernel"] for launch in launches]
+    ['sm80::grouped_gemm_kernel', 'activation_forward_kernel', 'sm80::grouped_gemm_kernel', 'combine_kernel']
 )");
 }
