@@ -341,6 +341,18 @@ def test_jetmoe_generates_the_same_tokens_with_a_cache(device: str) -> None:
     assert harness.assert_same_generation(model, swapped).count("moe_mlp") == 2 * 8
 
 
+def test_one_call_for_every_model() -> None:
+    harness = parity()
+    for name in harness.INTERFACE:
+        model = harness.build(name)
+        report = scattermoe.replace_moe(model)
+        assert {entry.note for entry in report.replaced} == {"transformers' experts interface"}, name
+    both = nn.ModuleList([harness.build("jetmoe"), harness.build("mixtral"), harness.build("olmoe").model, Loop()])
+    report = scattermoe.replace_moe(both)
+    assert len(report.replaced) == 4 + 2 + 2 + 1
+    assert both[1].config._experts_implementation == both[2].config._experts_implementation == "scattermoe"
+
+
 def test_jetmoe_keeps_parameters_and_records_router_logits(device: str) -> None:
     harness = parity()
     model = harness.build("jetmoe", device)
@@ -606,6 +618,22 @@ def test_a_block_in_two_places_and_a_block_without_a_parent() -> None:
     torch.testing.assert_close(alone(x), want)
 
 
+def test_a_router_in_float32_and_named_arguments() -> None:
+    model = Loop().bfloat16()
+    model.router.float()
+
+    class Upcasting(Loop):
+        def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+            gates, ids = super().choose(tokens.float())
+            return gates.to(tokens.dtype), ids
+
+    model.__class__ = Upcasting
+    x = torch.randn(6, HIDDEN).bfloat16()
+    want = model(x=x)
+    scattermoe.replace_moe(model)
+    torch.testing.assert_close(model(x=x), want, rtol=2e-2, atol=2e-2)
+
+
 def test_meta_device_and_zero_weights() -> None:
     model = Loop()
     nn.init.zeros_(model.experts[0].w2.weight)
@@ -614,6 +642,9 @@ def test_meta_device_and_zero_weights() -> None:
         twin = Loop()
     scattermoe.replace_moe(twin)
     assert all(parameter.is_meta for parameter in twin.parameters())
+    part = {name: value for name, value in model.state_dict().items() if not name.startswith("experts.2.w2")}
+    assert twin.load_state_dict(part, strict=False, assign=True).missing_keys == ["experts.2.w2.weight"]
+    assert twin.experts.down_proj.is_meta and not twin.experts.gate_up_proj.is_meta
     twin.load_state_dict(model.state_dict(), assign=True)
     x = torch.randn(5, HIDDEN)
     scattermoe.replace_moe(model)
@@ -785,6 +816,11 @@ class ScaledInput(Loop):
         return y
 
 
+class TwoArguments(Loop):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+        return super().forward(x if mask is None else x * mask)
+
+
 class Int8Linear(nn.Linear):
     pass
 
@@ -837,11 +873,24 @@ BAD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dtype in part": (_edit(lambda b: b.experts[1].half()), "one dtype for all experts"),
     "quantised": (_edit(_quantise), "floating weights, got torch.int8 as experts.2.w1.weight"),
     "other layers": (_edit(_wrap), "plain nn.Linear layers, got a Int8Linear as experts.3.w3"),
-    "shared weights": (_edit(_tie), "weights of each expert's own in experts, got shared ones"),
+    "shared weights": (_edit(_tie), "weights of each expert's own in experts and no others"),
     "hooks inside": (
         _edit(lambda b: b.experts[0].w1.register_forward_hook(lambda *_: None)),
-        r"without hooks, which would not run, got some on experts.0.w1",
+        r"no hooks on experts.0.w1 and no forward of its own",
     ),
+    "hooks on the list": (
+        _edit(lambda b: b.experts.register_forward_pre_hook(lambda *_: None)),
+        "no hooks on experts and no forward of its own",
+    ),
+    "forward inside": (
+        _edit(lambda b: setattr(b.experts[3], "forward", b.experts[3].forward)),
+        "no hooks on experts.3 and no forward of its own",
+    ),
+    "buffers inside": (
+        _edit(lambda b: b.experts[0].register_buffer("seen", torch.zeros(1))),
+        "experts without buffers",
+    ),
+    "a second argument": (TwoArguments, r"a forward of the tokens alone, got \(x: .*mask"),
     "forward of its own": (
         _edit(lambda b: setattr(b, "forward", b.forward)),
         "expected the forward of the block's class",
@@ -883,6 +932,21 @@ def test_jetmoe_with_something_missing(change: Callable[[nn.Module], Any], reaso
     with pytest.raises(CannotReplace, match=rf"model.layers.1.mlp \(JetMoeMoE\): expected .*{reason}"):
         scattermoe.replace_moe(model)
     assert_untouched(model, before)
+
+
+def test_experts_that_are_elsewhere_too() -> None:
+    twice = nn.ModuleList([Loop(), Loop()])
+    twice[1].experts = twice[0].experts
+    with pytest.raises(CannotReplace, match=r"(?s)  0 \(Loop\): .* as 1.experts\n  1 \(Loop\): .* as 0.experts"):
+        scattermoe.replace_moe(twice)
+    tied = nn.ModuleDict({"block": Loop(), "head": nn.Linear(INNER, HIDDEN, bias=False)})
+    tied["block"].experts[3].w2.weight = tied["head"].weight
+    report = scattermoe.replace_moe(tied, strict=False)
+    assert report.left[0].path == "block" and report.left[0].note.endswith("as head") and type(tied["block"]) is Loop
+    inner = Loop()
+    inner.first = inner.experts[0]
+    with pytest.raises(CannotReplace, match=r"the model itself \(Loop\)"):
+        scattermoe.replace_moe(inner)
 
 
 def test_quantised_experts_of_the_interface() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..activations import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS, apply_activation, apply_glu
-from .registry import CannotReplace
+from .registry import CannotReplace, check_bypassed
 from .stacked import ExpertLayout
 from .trial import difference, quiet, trial_copy
 
@@ -22,19 +22,11 @@ def _linears(expert: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in expert.named_modules() if isinstance(module, nn.Linear)}
 
 
-def check_experts(block: nn.Module, name: str) -> None:
+def check_experts(name: str, container: nn.Module) -> None:
     """What stacking needs: experts of one making, made of plain linear layers whose weights belong to them alone."""
-    experts = dict(block._modules[name].named_children())
+    check_bypassed(name, container)
+    experts = dict(container.named_children())
     first = next(iter(experts.values()))
-    inside = {id(parameter) for parameter in block._modules[name].parameters()}
-    outside = {
-        id(parameter)
-        for child, module in block._modules.items()
-        if child != name and module is not None
-        for parameter in module.parameters()
-    }
-    if inside & outside or len(inside) < sum(len(list(expert.parameters())) for expert in experts.values()):
-        raise CannotReplace(f"expected weights of each expert's own in {name}, got shared ones")
     for key, expert in experts.items():
         where = f"{name}.{key}"
         linears = _linears(expert)
@@ -46,9 +38,6 @@ def check_experts(block: nn.Module, name: str) -> None:
             raise CannotReplace(f"expected two or three linear layers and no other parameters in {where}")
         if _shapes(expert) != _shapes(first):
             raise CannotReplace(f"expected experts of one shape, got a {where} that differs from the first")
-        for path, module in expert.named_modules():
-            if any(hooks for hook, hooks in module.__dict__.items() if hook.endswith("_hooks")):
-                raise CannotReplace(f"expected experts without hooks, which would not run, got some on {where}.{path}")
         for path, parameter in expert.named_parameters():
             twin = first.get_parameter(path)
             for rule in ("dtype", "device", "requires_grad"):
@@ -57,6 +46,12 @@ def check_experts(block: nn.Module, name: str) -> None:
                         f"expected one {rule} for all experts, got {getattr(twin, rule)} and {getattr(parameter, rule)} "
                         f"as {where}.{path}"
                     )
+    if len(list(container.parameters())) != len(list(first.parameters())) * len(experts):
+        raise CannotReplace(
+            f"expected weights of each expert's own in {name} and no others, got shared or further ones"
+        )
+    if len(container.state_dict()) != len(list(container.parameters())):
+        raise CannotReplace(f"expected experts without buffers in {name}")
     if len({linear.bias is not None for linear in _linears(first).values()}) != 1:
         raise CannotReplace("expected a bias on all of an expert's layers or on none")
 

@@ -59,10 +59,10 @@ def switch_experts(model: nn.Module, experts: list[nn.Module]) -> Callable[[], N
 
     try:
         for module in model.modules():
-            if hasattr(module, "set_experts_implementation"):
+            inside = {id(child) for child in module.modules()} if hasattr(module, "set_experts_implementation") else ()
+            if any(id(child) in inside and not is_switched(child) for child in experts):
                 module.set_experts_implementation(IMPLEMENTATION)
-                break
-        for module in experts:  # those of a submodel, or of no model at all
+        for module in experts:  # those of no model
             if not is_switched(module):
                 module.config._experts_implementation = IMPLEMENTATION
     except BaseException:

@@ -7,6 +7,7 @@ on random tokens and weights.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 from collections.abc import Iterator
@@ -58,11 +59,13 @@ class _Rule(NamedTuple):
 class _LoopBlock(nn.Module):
     _rule: _Rule
 
-    def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, *tokens: Tensor, **named_tokens: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        (hidden_states,) = (*tokens, *named_tokens.values())  # under whatever name
         rule = self._rule
-        experts = getattr(self, rule.experts)
+        experts, router = getattr(self, rule.experts), getattr(self, rule.router)
         tokens = hidden_states.reshape(-1, hidden_states.size(-1))
-        scores = getattr(self, rule.router)(tokens if rule.flat else hidden_states)
+        scored = tokens if rule.flat else hidden_states
+        scores = router(scored.to(next(router.parameters()).dtype))  # routers may be kept in float32
         if rule.choice is None:
             gates, expert_ids = functional.topk_gating(scores, rule.top_k, rule.scoring, rule.normalize)
         else:
@@ -89,7 +92,9 @@ def _experts_name(block: nn.Module) -> str | None:
 def _convert(block: nn.Module) -> nn.Module:
     name = _experts_name(block)
     container = block._modules[name]
-    check_experts(block, name)
+    if len(inspect.signature(block.forward).parameters) != 1:
+        raise CannotReplace(f"expected a forward of the tokens alone, got {inspect.signature(block.forward)}")
+    check_experts(name, container)
     layout, activation = find_formula(name, container)
     hidden_size = next(container.children()).get_submodule(layout.down).out_features
     rule = _find_rule(block, name, hidden_size)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..activations import activation_name
 from .recast import recast
-from .registry import CannotReplace, register_block
+from .registry import CannotReplace, check_bypassed, register_block
 
 __all__: list[str] = []
 
@@ -81,6 +81,7 @@ def _convert(block: nn.Module, methods: type[nn.Module]) -> nn.Module:
             raise CannotReplace(f"expected router.{name}, got a {type(router).__name__} without it")
     for name in _LAYERS:
         layer = getattr(block, name)
+        check_bypassed(name, layer)
         if (
             layer.weight.dim() != 3
             or layer.weight.size(0) != router.num_experts

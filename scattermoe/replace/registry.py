@@ -9,7 +9,7 @@ from torch import nn
 
 from .recast import recast
 
-__all__ = ["BlockType", "CannotReplace", "find_block_type", "register_block"]
+__all__ = ["BlockType", "CannotReplace", "check_bypassed", "find_block_type", "register_block"]
 
 Matches = type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bool]
 Conversion = TypeVar("Conversion", bound=Callable[[Any], nn.Module])  # a module class is such a callable, too
@@ -94,6 +94,24 @@ def register_block(
         return conversion
 
     return decorate
+
+
+def check_bypassed(path: str, *modules: nn.Module) -> None:
+    """Raise if there is something on modules that a replacement will no longer call: hooks, or a forward of their own.
+
+    Args:
+        path: what to call the modules in the message.
+        *modules: these and their submodules.
+
+    Raises:
+        CannotReplace: hooks or an instance's own forward, as adapters and offloading set them.
+    """
+    for module in modules:
+        for name, child in module.named_modules():
+            hooked = any(value for key, value in child.__dict__.items() if key.endswith("_hooks"))
+            if hooked or "forward" in child.__dict__:
+                where = f"{path}.{name}".rstrip(".")
+                raise CannotReplace(f"expected no hooks on {where} and no forward of its own: it will not be called")
 
 
 def find_block_type(module: nn.Module) -> BlockType | None:

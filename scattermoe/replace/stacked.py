@@ -48,14 +48,14 @@ class StackedExperts(Experts):
         }
         super().__init__(len(self._keys), down.out_features, down.in_features, **options)
         self.train(container.training)
-        self._source: list[nn.Module] = [container]  # in a list, so that it is no submodule
+        self.source: list[nn.Module] = [container]  # in a list, so that it is no submodule
         for name, parameter in self.named_parameters(recurse=False):
             parameter.requires_grad_(next(self._pieces(name))[1].requires_grad)
 
     def _pieces(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Each part of a stacked parameter, on the way to be copied, with the expert's own parameter."""
         for key, part in self._parts(name, getattr(self, name)):
-            yield part, self._source[0].get_parameter(key)
+            yield part, self.source[0].get_parameter(key)
 
     def _parts(self, name: str, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Names in the state dict, and views of the stacked parameter that belong there."""
@@ -80,7 +80,7 @@ class StackedExperts(Experts):
                 for (_, part), (_, own) in zip(self._parts(name, stacked.grad), self._pieces(name), strict=True):
                     if own.grad is not None:
                         part.copy_(own.grad)
-        del self._source
+        del self.source
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         parts: dict[str, Tensor] = {}
@@ -98,8 +98,10 @@ class StackedExperts(Experts):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        stacked_names = set()
         for name, parameter in self.named_parameters(recurse=False):
-            parts = []
+            stacked_names.add(prefix + name)
+            parts = {}
             for key, part in self._parts(name, parameter.detach()):
                 given = state_dict.pop(prefix + key, None)
                 if given is None:
@@ -110,10 +112,13 @@ class StackedExperts(Experts):
                     )
                 else:
                     part = given
-                parts.append(part)
-            layers = len(parts) // self.num_experts
-            grouped = [torch.cat(parts[at : at + layers]) for at in range(0, len(parts), layers)]
-            state_dict[prefix + name] = torch.stack([piece.to(grouped[0].device) for piece in grouped])
+                parts[key] = part
+            devices = {part.device for part in parts.values()}
+            if len(devices) > 1 and parameter.is_meta:
+                continue  # a part of it cannot be loaded
+            rows = [part.to(parameter.device) for part in parts.values()] if len(devices) > 1 else list(parts.values())
+            state_dict[prefix + name] = torch.cat(rows).view(parameter.shape)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        missing_keys[:] = [key for key in missing_keys if key not in stacked_names]

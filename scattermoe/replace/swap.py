@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -30,8 +31,8 @@ _OURS = (
     parallel_experts.ParallelExperts,
 )
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# What a mixture of experts that no block type matches is called.
 _NO_TYPE = "expected a known block type: register_block adds one"
+# What a mixture of experts that no block type matches is called.
 _UNKNOWN = re.compile(r"(MoE|MOE|Moe|Experts|SparseMLP|(MoE|Moe)(Block|Layer))$")
 
 
@@ -97,6 +98,7 @@ def replace_moe(model: nn.Module, *, strict: bool = True) -> ReplaceReport:
     """
     plan = _Plan()
     plan.visit(model, "", set())
+    plan.leave_shared(model)
     found = plan.swaps or plan.experts or plan.present
     if strict and (plan.left or not found):
         lines = [f"{entry}: {entry.note}" for entry in plan.left] or [
@@ -110,9 +112,8 @@ def replace_moe(model: nn.Module, *, strict: bool = True) -> ReplaceReport:
         for swap in plan.swaps:
             undo.callback(_restorer(swap.block))
             become(swap.block, swap.replacement)
-            for module in swap.block.modules():
-                if isinstance(module, StackedExperts):
-                    module.take_weights()
+            for module in _stacked(swap.block):
+                module.take_weights()
         if plan.experts:
             undo.callback(switch_experts(model, [module for module, _ in plan.experts]))
         undo.pop_all()
@@ -122,12 +123,22 @@ def replace_moe(model: nn.Module, *, strict: bool = True) -> ReplaceReport:
 
 def _restorer(block: nn.Module) -> Callable[[], None]:
     kind, attributes = type(block), block.__dict__
+    hooks = {
+        name: value.copy() for name, value in attributes.items() if name.endswith("_hooks") and isinstance(value, dict)
+    }
 
     def restore() -> None:
+        for name, value in hooks.items():
+            attributes[name].clear()
+            attributes[name].update(value)
         object.__setattr__(block, "__class__", kind)
         object.__setattr__(block, "__dict__", attributes)
 
     return restore
+
+
+def _stacked(module: nn.Module) -> list[StackedExperts]:
+    return [child for child in module.modules() if isinstance(child, StackedExperts)]
 
 
 class _Swap(NamedTuple):
@@ -173,8 +184,36 @@ class _Plan:
             if self._count() == known and below <= {_NO_TYPE} and _UNKNOWN.search(name):
                 self.left[left:] = [Entry(path, name, _NO_TYPE)]
 
+    def leave_shared(self, model: nn.Module) -> None:
+        """Leave the blocks whose experts are somewhere else in the model, too: stacking would separate the two."""
+        wrapped = any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
+        for swap in list(self.swaps):
+            for stacked in _stacked(swap.replacement):
+                elsewhere = _elsewhere(model, swap.block, stacked.source[0])
+                reason = f"expected experts of this block alone, which can be stacked, got them also as {elsewhere}"
+                if wrapped:
+                    reason = "expected a model that is wrapped in DistributedDataParallel afterwards"
+                if wrapped or elsewhere is not None:
+                    self.swaps.remove(swap)
+                    self.left.append(dataclasses.replace(swap.entry, note=reason))
+                    break
+
     def _count(self) -> int:
         return len(self.swaps) + len(self.experts) + len(self.present)
+
+
+def _elsewhere(model: nn.Module, block: nn.Module, container: nn.Module) -> str | None:
+    """Where in the model a container's modules or parameters are beside the container's place in its block."""
+    modules = {id(module) for module in container.modules()}
+    parameters = {id(parameter) for parameter in container.parameters()}
+    name = next(name for name, child in block._modules.items() if child is container)
+    named = list(model.named_modules(remove_duplicate=False))
+    places = [f"{path}.{name}".lstrip(".") for path, module in named if module is block]
+    for path, module in named:
+        held = id(module) in modules or any(id(parameter) in parameters for parameter in module._parameters.values())
+        if held and not any(path == place or path.startswith(f"{place}.") for place in places):
+            return path
+    return None
 
 
 def _replacement(block: nn.Module, kind: BlockType) -> nn.Module:

@@ -107,8 +107,9 @@ def compare(
     """Check that two modules give the same outputs and leave the same traces; see :func:`check_replacement`."""
     for training in (False, True):
         mode = "training" if training else "evaluation"
+        block = make_block().train(training)
         try:
-            want, traces = _observe(make_block().train(training), run)
+            want, traces = _observe(block, run)
         except Exception as error:
             raise CannotReplace(f"expected a block that runs on random tokens, got {error!r}") from error
         try:
