@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -288,6 +289,52 @@ def test_state_dict_of_stacked_experts_reports_what_is_wrong() -> None:
     wrong = model.load_state_dict(state, strict=False)
     assert wrong.missing_keys == ["experts.2.w1.weight"] and wrong.unexpected_keys == ["experts.6.w1.weight"]
     assert torch.equal(model.experts.gate_up_proj, before) and model.experts.down_proj[3].eq(0).all()
+
+
+@pytest.mark.parametrize("kind", ["w1 w2 w3", "dictionary"])
+def test_distributed_checkpoint_of_stacked_experts(kind: str, tmp_path: Path) -> None:
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    model, other = Net(LOOPS[kind]), Net(LOOPS[kind])
+    checkpoint.save(get_model_state_dict(model), checkpoint_id=tmp_path)
+    scattermoe.replace_moe(other)
+    state = get_model_state_dict(other)
+    assert list(state) == list(model.state_dict())
+    checkpoint.load(state, checkpoint_id=tmp_path)
+    set_model_state_dict(other, state)
+    x = torch.randn(2, 5, HIDDEN)
+    torch.testing.assert_close(other(x), model(x))
+
+
+def _shard(rank: int, path: str) -> None:
+    from torch import distributed
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = Net(Loop)
+    original = copy.deepcopy(model)
+    scattermoe.replace_moe(model)
+    x = torch.randn(2, 5, HIDDEN)
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    torch.testing.assert_close(model(x), original(x))
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:  # the full state has stacked names; an unsharded swapped model gives the original's
+        whole = Net(Loop)
+        scattermoe.replace_moe(whole)
+        whole.load_state_dict(state)
+        original.load_state_dict(whole.state_dict())
+        torch.testing.assert_close(original(x), whole(x))
+    distributed.destroy_process_group()
+
+
+def test_fully_sharded_stacked_experts(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_shard, (str(tmp_path / "store"),), nprocs=2)
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------

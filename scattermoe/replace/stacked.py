@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..experts import Experts
 
@@ -82,7 +84,29 @@ class StackedExperts(Experts):
                         part.copy_(own.grad)
         del self.source
 
+    def __getattr__(self, name: str) -> Any:
+        """The pieces by their names in the state dict, for tools that walk a key (``torch.distributed.checkpoint``)."""
+        if name not in self.__dict__.get("_keys", ()):
+            return super().__getattr__(name)
+        found = SimpleNamespace()
+        for stacked, parameter in self.named_parameters(recurse=False):
+            for key, part in self._parts(stacked, parameter):
+                owner, *path, last = key.split(".")
+                if owner == name:
+                    at = found
+                    for step in path:
+                        at = at.__dict__.setdefault(step, SimpleNamespace())
+                    setattr(at, last, part)
+        return found
+
+    def _is_sharded(self) -> bool:
+        # The pieces of a tensor that is spread over processes are no tensors of one process.
+        return any(isinstance(parameter, DTensor) for parameter in self.parameters(recurse=False))
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self._is_sharded():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
         parts: dict[str, Tensor] = {}
         for name, parameter in self.named_parameters(recurse=False):
             parts.update(self._parts(name, parameter if keep_vars else parameter.detach()))
@@ -98,9 +122,13 @@ class StackedExperts(Experts):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        stacked_names = set()
+        stacked_names = {prefix + name for name, _ in self.named_parameters(recurse=False)}
+        if self._is_sharded() or stacked_names <= state_dict.keys():
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            return
         for name, parameter in self.named_parameters(recurse=False):
-            stacked_names.add(prefix + name)
             parts = {}
             for key, part in self._parts(name, parameter.detach()):
                 given = state_dict.pop(prefix + key, None)
