@@ -14,9 +14,10 @@ from ..experts import Experts
 from ..functional import Routing, combine, route
 from ..mlp import GLUMLP, MLP
 from ..parallel_experts import ParallelExperts
+from ..replace.interface import takes_interface
 from .functional import LowRank, moe_mlp, parallel_linear
 
-__all__ = ["WITH_ADAPTERS", "Adapter", "Adapters", "Projection", "low_ranks", "projections", "takes_experts_interface"]
+__all__ = ["WITH_ADAPTERS", "Adapter", "Adapters", "Projection", "low_ranks", "projections"]
 
 
 class Adapter(nn.Module):
@@ -266,13 +267,8 @@ def projections(module: nn.Module) -> dict[str, Projection] | None:
         return {"query": Projection(module, "q_proj"), "output": Projection(module, "o_proj")}
     if isinstance(module, ParallelExperts):
         return {"linear": Projection(module, "weight")}
-    if takes_experts_interface(module):
+    if takes_interface(module):
         up = "gate_up_proj" if module.has_gate else "up_proj"
         transposed = module.is_transposed
         return {"up": Projection(module, up, transposed), "down": Projection(module, "down_proj", transposed)}
     return None
-
-
-def takes_experts_interface(module: nn.Module) -> bool:
-    """Whether a module's forward pass is looked up in transformers' experts interface; its decorator sets these attributes."""
-    return all(hasattr(module, name) for name in ("config", "has_gate", "has_bias", "is_transposed", "num_experts"))

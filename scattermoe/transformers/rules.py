@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..replace.interface import takes_interface
 from .experts import DEFAULT_GATE, bias_names, gate_name, weight_names
 
 __all__ = ["NAME", "broken_rule", "check", "experts_modules"]
@@ -90,8 +91,7 @@ def broken_rule(experts: nn.Module) -> str | None:
 
 
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that look up their implementation and find "scattermoe"; the attribute is the interface's mark."""
+    """The modules, with their paths, that look up their implementation and find "scattermoe"."""
     for path, module in model.named_modules():
-        implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
-        if implementation == NAME and hasattr(module, "is_concatenated"):
+        if takes_interface(module) and module.config._experts_implementation == NAME:
             yield path, module
