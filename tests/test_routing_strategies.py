@@ -351,6 +351,16 @@ def test_compile(device: str, fresh_compiler: None, strategy: str, masked: bool)
     assert graphs.frame_count == 1  # other numbers of tokens need no other graph
 
 
+@pytest.mark.parametrize("strategy", ["capacity", "rounding", "expert-choice"])
+def test_export(device: str, strategy: str) -> None:
+    moe = MoE(6, 5, 5, 2, device=device, **STRATEGIES[strategy]).eval()
+    tokens = torch.export.Dim("tokens", min=2)
+    example = torch.randn(30, 6, device=device)
+    program = torch.export.export(moe, (example,), dynamic_shapes=({0: tokens},)).module()
+    more = torch.randn(51, 6, device=device)
+    assert_close(program(more)[0], moe(more)[0])
+
+
 def test_meta_device() -> None:
     for options in STRATEGIES.values():
         y, aux = MoE(6, 5, 5, 2, device="meta", **options)(torch.empty(7, 6, device="meta"))
