@@ -420,6 +420,26 @@ def test_jetmoe_keeps_parameters_and_records_router_logits(device: str) -> None:
     torch.testing.assert_close((got.loss, got.aux_loss), (want.loss, want.aux_loss), rtol=1e-5, atol=1e-6)
 
 
+def test_jetmoe_takes_adapters(device: str) -> None:
+    from scattermoe import lora
+
+    harness = parity()
+    model = harness.build("jetmoe", device)
+    scattermoe.replace_moe(model)
+    inputs = harness.batch(model, "left")
+    want = model(**inputs).logits
+    assert [len(added.targets) for added in lora.add_adapters(model, r=2, targets=["linear"])] == [1] * 8
+    torch.testing.assert_close(model(**inputs).logits, want, rtol=1e-4, atol=1e-5)
+    for parameter in lora.adapter_parameters(model):
+        nn.init.normal_(parameter, std=0.3)
+    adapted = model(**inputs)
+    adapted.loss.backward()
+    assert all(parameter.grad.any() for parameter in lora.adapter_parameters(model))
+    lora.merge(model)
+    torch.testing.assert_close(model(**inputs).logits, adapted.logits, rtol=1e-4, atol=1e-4)
+    assert relative_error(adapted.logits, want) > 0.01
+
+
 def test_jetmoe_compiles_without_a_break(device: str, fresh_compiler: None) -> None:
     harness = parity()
     model = harness.build("jetmoe", device)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..activations import activation_name
+from ..mlp import _is_bare
+from ..parallel_experts import ParallelExperts
 from .recast import recast
 from .registry import CannotReplace, check_bypassed, register_block
 
@@ -33,13 +35,14 @@ class _MoE(nn.Module):
     def forward(self, layer_input: Tensor) -> Tensor:
         tokens = layer_input.reshape(-1, layer_input.size(-1))
         routing, _, gates, _, _ = self.router(tokens)
-        activation = activation_name(self.activation, gated=True) or self._glu
-        y = functional.moe_mlp(tokens, self.input_linear.weight, self.output_linear.weight, gates, routing, activation)
+        name = activation_name(self.activation, gated=True)
+        if name is not None and _is_bare(self.input_linear) and _is_bare(self.output_linear):
+            y = functional.moe_mlp(tokens, self.input_linear.weight, self.output_linear.weight, gates, routing, name)
+        else:
+            gate, up = _apply(self.input_linear, tokens, routing).chunk(2, dim=-1)
+            rows = _apply(self.output_linear, self.activation(gate) * up, routing, grouped_in=True)
+            y = functional.combine(rows, gates, routing)
         return _add_bias(self, y.view(layer_input.shape))
-
-    def _glu(self, z: Tensor) -> Tensor:
-        gate, up = z.chunk(2, dim=-1)
-        return self.activation(gate) * up
 
 
 class _MoA(nn.Module):
@@ -48,16 +51,30 @@ class _MoA(nn.Module):
     def map(self, layer_input: Tensor) -> tuple[Tensor, Tensor, Any]:
         tokens = layer_input.reshape(-1, layer_input.size(-1))
         routing, _, gates, _, logits = self.router(tokens)
-        queries = functional.parallel_linear(tokens, self.input_linear.weight, routing)
+        queries = _apply(self.input_linear, tokens, routing, grouped_out=False)
         return queries.view(*layer_input.shape[:-1], routing.top_k, -1), logits, (routing, gates)
 
     def reduce(self, layer_input: Tensor, topo_info: Any) -> Tensor:
         routing, gates = topo_info
-        rows = layer_input.reshape(-1, layer_input.size(-1))
-        # Sorted rows are written as they come; the sum over a token's experts gathers them anyway.
-        rows = functional.parallel_linear(rows, self.output_linear.weight, routing, grouped_out=True)
-        y = functional.combine(rows, gates, routing)
-        return _add_bias(self, y.view(*layer_input.shape[:-2], -1))
+        rows = _apply(self.output_linear, layer_input.reshape(-1, layer_input.size(-1)), routing)
+        return _add_bias(self, functional.combine(rows, gates, routing).view(*layer_input.shape[:-2], -1))
+
+
+def _apply(
+    layer: ParallelExperts,
+    rows: Tensor,
+    routing: functional.Routing,
+    grouped_in: bool = False,
+    grouped_out: bool = True,
+) -> Tensor:
+    if _is_bare(layer):
+        return functional.parallel_linear(rows, layer.weight, routing, grouped_in=grouped_in, grouped_out=grouped_out)
+    # Adapters and hooks get the arguments of ParallelExperts.
+    slots, ends = routing.slot_order, routing.expert_offsets[1:]
+    experts = torch.bucketize(torch.arange(slots.size(0), device=slots.device, dtype=ends.dtype), ends, right=True)
+    order = (experts, slots.long(), ends.long())
+    top_k = 1 if rows.size(0) == slots.size(0) else routing.top_k
+    return layer(rows, top_k, *order, grouped_in=grouped_in, grouped_out=grouped_out)
 
 
 def _add_bias(block: nn.Module, y: Tensor) -> Tensor:
@@ -93,6 +110,9 @@ def _convert(block: nn.Module, methods: type[nn.Module]) -> nn.Module:
             )
     new = recast(block, methods)
     new._modules["router"] = recast(router, _Router)
+    for name in _LAYERS:
+        new._modules[name] = recast(getattr(block, name), ParallelExperts)
+        new._modules[name]._parameters.setdefault("bias", None)
     return new
 
 
