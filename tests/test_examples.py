@@ -50,6 +50,15 @@ def test_finetune_transformers(tmp_path):
     assert "on scattermoe" in printed
 
 
+def test_lora(tmp_path):
+    saved = tmp_path / "adapters.pt"
+    short = ("--base-steps", "1", "--steps", "2", "--device", "cpu", "--save", str(saved))
+    printed = run_example("lora.py", *short)
+    assert "merged" in printed and "it is the base model, bit by bit" in printed
+    adapters = torch.load(saved, weights_only=True)
+    assert len(adapters) == 16 and all(".lora." in name for name in adapters)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [("--preset", "switch", "--dtype", "bfloat16"), ("--preset", "universal")],
