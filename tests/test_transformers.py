@@ -62,8 +62,8 @@ def make_experts(
                     up, down = up.T, down.T
                 z = F.linear(hidden_states[token], up, getattr(self, f"{up_name}_bias")[e] if has_bias else None)
                 h = self._apply_gate(z) if has_gate else self.act_fn(z)
-                row = F.linear(h, down, self.down_proj_bias[e] if has_bias else None)
-                y = y.index_add(0, torch.tensor([token], device=y.device), (row * top_k_weights[token, choice])[None])
+                row = F.linear(h, down, self.down_proj_bias[e] if has_bias else None) * top_k_weights[token, choice]
+                y = y.index_add(0, torch.tensor([token], device=y.device), row[None].to(y.dtype))
             return y
 
     if gate is not None:
@@ -110,7 +110,10 @@ KINDS = list(itertools.product([True, False], repeat=3))
 
 
 @pytest.mark.parametrize("has_gate, has_bias, is_transposed", KINDS)
-@pytest.mark.parametrize("act, operator", [(nn.SiLU(), "_moe_mlp_forward"), (torch.tanh, "parallel_linear")])
+@pytest.mark.parametrize(
+    "act, operator",
+    [pytest.param(nn.SiLU(), "_moe_mlp_forward", id="silu"), pytest.param(torch.tanh, "parallel_linear", id="tanh")],
+)
 def test_every_kind_of_module(
     device: str, has_gate: bool, has_bias: bool, is_transposed: bool, act: Callable, operator: str
 ) -> None:
@@ -119,10 +122,25 @@ def test_every_kind_of_module(
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("act, operator", [(nn.GELU(), "_moe_mlp_forward"), (F.softplus, "parallel_linear")])
+@pytest.mark.parametrize(
+    "act, operator",
+    [
+        pytest.param(nn.GELU(), "_moe_mlp_forward", id="gelu"),
+        pytest.param(F.softplus, "parallel_linear", id="softplus"),
+    ],
+)
 def test_ids_of_other_ranks_contribute_nothing(device: str, has_bias: bool, act: Callable, operator: str) -> None:
     # softplus(0) is not 0: the rows of dropped slots must not reach the sum whatever the activation makes of them.
     assert_served(make_experts(act, has_gate=False, has_bias=has_bias), device, operator, sentinels=True)
+
+
+@pytest.mark.parametrize("act", [nn.SiLU(), torch.tanh], ids=["silu", "tanh"])
+def test_autocast_returns_the_dtype_that_came_in(device: str, act: Callable) -> None:
+    experts, (x, ids, gates) = make_experts(act).to(device), inputs(device)
+    with torch.autocast(device, torch.bfloat16):
+        for implementation in ("eager", "scattermoe"):
+            y, *gradients = results(experts, implementation, x, ids, gates)
+            assert {tensor.dtype for tensor in (y, *gradients)} == {torch.float32}, implementation
 
 
 def test_own_gate_runs_between_scattered_layers(device: str) -> None:
