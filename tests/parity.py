@@ -73,6 +73,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "granitemoeshared": {"num_local_experts": 4, "shared_intermediate_size": 24},
     "jetmoe": {"num_local_experts": 4, "kv_channels": 8},
+    "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 40, "head_dim": 8},
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
     "phimoe": {"num_local_experts": 4},
     "glm4_moe": {
         "n_routed_experts": 8,
@@ -117,7 +126,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 # The models whose experts stand behind transformers' experts interface; the others are for scattermoe.replace_moe.
-INTERFACE = tuple(name for name in CONFIGS if name != "jetmoe")
+# No experts interface: for `replace_moe`.
+OUTSIDE = ("jetmoe", "llama4_text", "dbrx", "aria_text")
+INTERFACE = tuple(name for name in CONFIGS if name not in OUTSIDE)
 
 _COMMON = {
     "vocab_size": VOCABULARY,

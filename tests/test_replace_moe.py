@@ -458,19 +458,28 @@ def test_jetmoe_with_another_activation() -> None:
 
 
 def test_models_that_no_type_matches_say_so() -> None:
-    harness = parity()
-    llama4 = pytest.importorskip("transformers.models.llama4.modeling_llama4")
-    config = llama4.Llama4TextConfig(hidden_size=16, intermediate_size=8, num_local_experts=4, num_experts_per_tok=1)
-    model = nn.ModuleDict({"mixture": llama4.Llama4TextMoe(config), "known": Loop()})
+    doge = pytest.importorskip("transformers.models.doge.modeling_doge")
+    config = doge.DogeConfig(hidden_size=16, intermediate_size=8, num_experts=4, num_experts_per_tok=1)
+    model = nn.ModuleDict({"mixture": doge.DogeCDMoE(config), "known": Loop()})
     before = snapshot(model)
-    with pytest.raises(CannotReplace, match=r"mixture \(Llama4TextMoe\): expected a known block type"):
+    with pytest.raises(CannotReplace, match=r"mixture \(DogeCDMoE\): expected a known block type"):
         scattermoe.replace_moe(model)
     assert_untouched(model, before)
     report = scattermoe.replace_moe(model, strict=False)
-    assert [entry.path for entry in report.left] == ["mixture"] and [entry.path for entry in report.replaced] == [
-        "known"
-    ]
-    assert "left 1: expected a known block type" in str(report) and harness is not None
+    assert [entry.path for entry in report.left] == ["mixture"]
+    assert [entry.path for entry in report.replaced] == ["known"]
+    assert "left 1: expected a known block type" in str(report)
+
+
+@pytest.mark.parametrize("name", ["llama4_text", "dbrx", "aria_text"])
+def test_other_models_without_the_interface(device: str, name: str) -> None:
+    harness = parity()
+    model = harness.build(name, device)
+    swapped = harness.swapped_copy(model, scattermoe.replace_moe)
+    harness.assert_same_training_step(model, swapped, harness.batch(model, "left"))
+    harness.assert_same_generation(model, swapped)
+    swapped.load_state_dict(model.state_dict())
+    assert list(swapped.state_dict()) == list(model.state_dict())
 
 
 def test_fused_experts_of_transformers_without_the_interface(device: str) -> None:
@@ -990,6 +999,7 @@ def test_what_cannot_be_replaced_is_left_with_its_reason(kind: str) -> None:
         (lambda block: setattr(block.router, "num_experts", 5), r"input_linear.weight of shape \[5, out, in\]"),
         (lambda block: block.input_linear.register_parameter("bias", nn.Parameter(torch.ones(4))), "and no bias"),
         (lambda block: setattr(block.router, "top_k", 9), "a block that runs"),
+        (lambda block: block.output_linear.register_forward_hook(lambda *_: None), "no hooks on output_linear"),
     ],
 )
 def test_jetmoe_with_something_missing(change: Callable[[nn.Module], Any], reason: str) -> None:

@@ -48,6 +48,7 @@ def replace_moe(model: nn.Module, *, strict: bool = True) -> ReplaceReport:
 
     * transformers' models that take its experts interface, which are switched there (``set_experts_implementation``);
     * JetMoE's mixtures of experts and of attention, and other blocks of parallel experts with weights ``[E, out, in]``;
+    * Llama 4's blocks, and DBRX's and Aria's experts;
     * experts with one ``gate_up_proj`` and ``down_proj`` for all, whatever router calls them;
     * blocks that loop over a ``ModuleList`` (or ``ModuleDict``) of experts, of two or three linear layers each, behind a router
       of their own: which rule they follow is found by trying;
