@@ -260,6 +260,7 @@ cudaError_t launch(const GroupByExpertParams& p, const Plan& plan, cudaStream_t 
 int64_t group_by_expert_workspace(int64_t num_slots, int32_t num_experts) {
     if (num_slots == 0) return 0;
     const Plan plan = make_plan(num_slots, num_experts);
+    if (plan.blocks == 1 && plan.shared_counters) return 0;
     const int64_t buckets = int64_t{num_experts} + 1;
     return (plan.blocks + 1) * buckets + (plan.shared_counters ? 0 : int64_t{plan.blocks} * plan.warps * buckets);
 }

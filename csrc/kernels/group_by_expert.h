@@ -14,7 +14,7 @@ struct GroupByExpertParams {
     int32_t* slot_order = nullptr;      // [S]
     int32_t* slot_position = nullptr;   // [S]
     int32_t* expert_offsets = nullptr;  // [E + 1]
-    int32_t* workspace = nullptr;       // as many int32 as group_by_expert_workspace says
+    int32_t* workspace = nullptr;       // as many int32 as group_by_expert_workspace says, none for 0
 };
 
 int64_t group_by_expert_workspace(int64_t num_slots, int32_t num_experts);

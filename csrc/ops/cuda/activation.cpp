@@ -57,7 +57,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> activation_backward_cuda(
     p.width = width;
     cuda::check_launch(kOp, kernels::activation_backward(p, cuda::current_stream()),
                        {{"grad_hidden", grad_hidden}, {"z", z}});
-    return {grad_z, gated_hidden, grad_gates.to(gates.scalar_type())};
+    return {grad_z, gated_hidden, cuda::to_dtype(grad_gates, gates.scalar_type())};
 }
 
 TORCH_LIBRARY_IMPL(scattermoe, CUDA, m) {
