@@ -13,6 +13,7 @@ from .functional import Routing, combine, moe_mlp, parallel_linear, route, topk_
 from .launches import Launch, explain  # noqa: E402
 from .load import LoadStatistics, expert_load, load_statistics, plot_expert_load  # noqa: E402
 from .losses import load_balancing_loss, router_z_loss  # noqa: E402
+from .megablocks import from_megablocks  # noqa: E402
 from .mlp import GLUMLP, MLP  # noqa: E402
 from .moe import MoE, MoEAux  # noqa: E402
 from .parallel_experts import ParallelExperts, flatten_sort_count  # noqa: E402
@@ -45,6 +46,7 @@ __all__ = [
     "expert_scores",
     "explain",
     "flatten_sort_count",
+    "from_megablocks",
     "kernels",
     "limit_capacity",
     "load_balancing_loss",
