@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .activations import activation_name, has_hooks
-from .parallel_experts import ParallelExperts, flatten_sort_count
+from .activations import activation_name
+from .parallel_experts import ParallelExperts, flatten_sort_count, is_bare
 
 __all__ = ["GLUMLP", "MLP"]
 
@@ -69,7 +69,7 @@ class _ExpertMLP(nn.Module):
         gates = self._per_token("expert_p", expert_p, tokens)
         expert_ids = self._per_token("expert_idxs", expert_idxs, tokens)
         name = activation_name(self.activation, gated=self._gated)
-        if name is not None and _is_bare(self.experts) and _is_bare(self.output_experts):
+        if name is not None and is_bare(self.experts) and is_bare(self.output_experts):
             y = functional.moe_mlp(
                 tokens,
                 self.experts.weight,
@@ -96,11 +96,6 @@ class _ExpertMLP(nn.Module):
 
     def _activate(self, h: Tensor) -> Tensor:
         raise NotImplementedError
-
-
-def _is_bare(experts: nn.Module) -> bool:
-    # A wrapped or hooked layer, or one with a forward of its own (adapters, sharding), must be called to have its effect.
-    return type(experts).forward is ParallelExperts.forward and not has_hooks(experts)
 
 
 class MLP(_ExpertMLP):

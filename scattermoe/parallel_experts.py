@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, kernels
+from .activations import has_hooks
 
-__all__ = ["ParallelExperts", "flatten_sort_count", "parallel_linear"]
+__all__ = ["ParallelExperts", "flatten_sort_count", "is_bare", "parallel_linear"]
 
 
 @torch.no_grad()
@@ -215,3 +216,22 @@ class ParallelExperts(nn.Module):
             grouped_in=grouped_in,
             grouped_out=grouped_out,
         )
+
+
+def is_bare(layer: nn.Module) -> bool:
+    """Tell whether a layer of experts is its weights and nothing more, so that a fused operator may take them.
+
+    Args:
+        layer: a :class:`ParallelExperts`, wrapped or not.
+
+    Returns:
+        False for a layer that must be called to have its effect: one with hooks or with a forward of its own, as adapters
+        and sharding give it.
+
+    Example::
+
+        >>> from scattermoe.parallel_experts import ParallelExperts, is_bare
+        >>> is_bare(ParallelExperts(4, 8, 16))
+        True
+    """
+    return type(layer).forward is ParallelExperts.forward and not has_hooks(layer)

@@ -258,6 +258,15 @@ def test_loops(kind: str, device: str) -> None:
         )
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek", "shared"])
+def test_loops_compile_without_a_break(kind: str, device: str, fresh_compiler: None) -> None:
+    block = LOOPS[kind]().to(device)
+    scattermoe.replace_moe(block)
+    x = torch.randn(2, 7, HIDDEN, device=device)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), block(x))
+
+
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("kind", LOOPS)
 def test_state_dict_of_loops_both_ways(kind: str, assign: bool) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..mlp import _is_bare
+from ..parallel_experts import is_bare
 from ..replace.recast import become, recast
 from .adapters import WITH_ADAPTERS, Adapter, Adapters, Projection, projections
 
@@ -403,7 +403,7 @@ def _check_layer(path: str, module: nn.Module, chosen: Mapping[str, Projection])
                     f"{name}: expected a layer that computes as {kind.__name__}, got a class with a {method} of its own"
                 )
         for projection in chosen.values():
-            if projection.owner is not module and not _is_bare(projection.owner):
+            if projection.owner is not module and not is_bare(projection.owner):
                 raise TypeError(
                     f"{name}: expected {projection.prefix[:-1]} to be a plain ParallelExperts without hooks, "
                     f"got a {type(projection.owner).__name__}"

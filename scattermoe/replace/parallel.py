@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..activations import activation_name
-from ..mlp import _is_bare
-from ..parallel_experts import ParallelExperts
+from ..parallel_experts import ParallelExperts, is_bare
 from .recast import recast
 from .registry import CannotReplace, check_bypassed, register_block
 
@@ -36,7 +35,7 @@ class _MoE(nn.Module):
         tokens = layer_input.reshape(-1, layer_input.size(-1))
         routing, _, gates, _, _ = self.router(tokens)
         name = activation_name(self.activation, gated=True)
-        if name is not None and _is_bare(self.input_linear) and _is_bare(self.output_linear):
+        if name is not None and is_bare(self.input_linear) and is_bare(self.output_linear):
             y = functional.moe_mlp(tokens, self.input_linear.weight, self.output_linear.weight, gates, routing, name)
         else:
             gate, up = _apply(self.input_linear, tokens, routing).chunk(2, dim=-1)
@@ -67,7 +66,7 @@ def _apply(
     grouped_in: bool = False,
     grouped_out: bool = True,
 ) -> Tensor:
-    if _is_bare(layer):
+    if is_bare(layer):
         return functional.parallel_linear(rows, layer.weight, routing, grouped_in=grouped_in, grouped_out=grouped_out)
     # Adapters and hooks get the arguments of ParallelExperts.
     slots, ends = routing.slot_order, routing.expert_offsets[1:]
