@@ -134,6 +134,28 @@ def test_the_same_layer(reference: dict, options: dict) -> None:
         assert_close(parameter.grad, gradients[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_dbrx() -> None:
+    """The block of transformers' DBRX, which was trained with MegaBlocks."""
+    pytest.importorskip("transformers")
+    from transformers import DbrxConfig
+    from transformers.models.dbrx.modeling_dbrx import DbrxFFN
+
+    ffn = {
+        "hidden_size": HIDDEN,
+        "ffn_hidden_size": INNER,
+        "moe_num_experts": EXPERTS,
+        "moe_top_k": 2,
+        "moe_normalize_expert_weights": 1.0,
+    }
+    theirs = DbrxFFN(DbrxConfig(d_model=HIDDEN, n_heads=2, ffn_config=ffn))
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.25)
+    ours = MoE(HIDDEN, INNER, EXPERTS, top_k=2, activation="swiglu", normalize_gates=True)
+    ours.load_state_dict(from_megablocks(theirs.state_dict()))
+    x = torch.randn(2, TOKENS, HIDDEN)
+    assert_close(ours(x)[0], theirs(x))
+
+
 def test_a_whole_model() -> None:
     layers = nn.ModuleDict({"norm": nn.LayerNorm(HIDDEN), "ffn": Layer(2)})
     model = nn.ModuleList([layers, nn.ModuleDict({"ffn": Layer(1, gated=False)})])
