@@ -11,9 +11,10 @@ from ..activations import activation_name
 
 __all__ = ["experts_forward"]
 
-# The gates of models that have one of their own and that the fused operator computes as well: activation, layout, and the
-# attributes that hold alpha and limit. A subclass with another `_apply_gate` is not among them.
+# act_fn(gate) * up, the gates in the first half of the rows: what a module has that brings no gate of its own.
 DEFAULT_GATE = "transformers.integrations.moe._default_apply_gate"
+# Models' own gates that the fused operator computes as well: layout, and the attributes that hold alpha and limit. Named by
+# the function, so that a subclass with another `_apply_gate` is not among them.
 _CLAMPED_GATES = {
     "transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts._apply_gate": ("interleaved", "alpha", "limit"),
     "transformers.models.openai_privacy_filter.modeling_openai_privacy_filter.OpenAIPrivacyFilterExperts._apply_gate": (
