@@ -530,7 +530,7 @@ def test_merge_and_unmerge(device: str, kind: str) -> None:
 
 
 def test_merging_rounds_once() -> None:
-    model = adapted("moe", "cpu", torch.bfloat16)
+    model = adapted("moe", "cpu", torch.bfloat16, dtype=torch.float32)
     experts = model.layer.experts
     adapter, weight = experts.lora["up"], experts.gate_up_proj.clone()
     lora.merge(model)
@@ -734,6 +734,16 @@ def test_compile(device: str, fresh_compiler: None, kind: str) -> None:
             assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.detach().abs().max()))
         compilations.append(graphs.frame_count)
     assert compilations[0] == compilations[-1]  # other lengths need no other graph
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_and_inference_mode(device: str, strict: bool) -> None:
+    model = adapted("moe", device, torch.float32).eval()
+    length = torch.export.Dim("length", min=2)
+    program = torch.export.export(model, (tokens(device, torch.float32),), dynamic_shapes=({1: length},), strict=strict)
+    longer = tokens(device, torch.float32, 14)
+    with torch.inference_mode():
+        assert_close(program.module()(longer), model(longer))
 
 
 def test_compile_with_autocast_and_dropout(device: str, fresh_compiler: None) -> None:
