@@ -691,11 +691,11 @@ def test_copies(kind: str, copier: str) -> None:
 
 def test_a_block_in_two_places_and_a_block_without_a_parent() -> None:
     block = Loop()
-    model = nn.Sequential(block, nn.Tanh(), block)
+    model = nn.Sequential(nn.Sequential(block), nn.Tanh(), block)
     x = torch.randn(4, HIDDEN)
     want = model(x)
-    assert [entry.path for entry in scattermoe.replace_moe(model).replaced] == ["0"]
-    assert model[0] is model[2] is block
+    assert [entry.path for entry in scattermoe.replace_moe(model).replaced] == ["0.0"]
+    assert model[0][0] is model[2] is block
     torch.testing.assert_close(model(x), want)
     alone = Loop()
     want = alone(x)
