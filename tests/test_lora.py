@@ -20,6 +20,7 @@ from tests import reference
 from tests.cases import Linear, Mlp, make, make_ids, mlp_tensors, seed_of, to_device
 from tests.checks import compare
 from tests.modes import Calls
+from tests.test_memory import peak
 from tests.test_saved_state import labels, saved_by
 
 BASE = ("x", "w_up", "b_up", "w_down", "b_down", "gates")
@@ -306,6 +307,17 @@ def test_autocast_keeps_no_copy_of_the_weights(device: str) -> None:
     expected = torch.autograd.grad(by_hand.float().square().sum(), [narrow[name] for name in TRAINED])
     for name, a, b in zip(TRAINED, grads, expected, strict=True):
         assert torch.equal(a, b.float()), name
+
+
+def test_nothing_of_the_size_of_the_weights_is_formed(device: str) -> None:
+    case = Mlp(tokens=16, experts=64, hidden=96, width=64, dtype=torch.float32)
+    tensors, routing = leaves(case, device, TRAINED)
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(run(tensors, routing).sum(), [tensors[name] for name in TRAINED])
+
+    weights = 4 * (tensors["w_up"].numel() + tensors["w_down"].numel())
+    assert peak(step, device) < weights / 4
 
 
 def products_of_weight_gradients(calls: Calls) -> list[tuple[int, ...]]:

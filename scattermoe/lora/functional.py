@@ -269,6 +269,7 @@ class _LowRankMlp(torch.autograd.Function):
         grad_z, gated_h, grad_gates = torch.ops.scattermoe._activation_backward(
             grad_h, z, gates, routing.slot_order, routing.expert_offsets, *ctx.settings
         )
+        del grad_h  # rows [S, I] are let go of where they have been read: the peak is in the products behind
         if need_gates and b_down is not None:
             grad_gates = grad_gates + _by_slot(_linear(grad, b_down.unsqueeze(1), routing), routing).to(gates.dtype)
 
@@ -278,13 +279,13 @@ class _LowRankMlp(torch.autograd.Function):
             grad_w_down = _weight_grad(gated_h, grad, routing).transpose(1, 2).to(w_down.dtype)
         if need_b_down:
             grad_b_down = _weight_grad(_grouped(gates, routing).to(grad.dtype), grad, routing).squeeze(1)
-        if need_down_a or need_down_b:
-            kept = _kept(gated_h, down_keep)
+        kept = _kept(gated_h, down_keep) if need_down_a or need_down_b else None
         if need_down_a:
             grad_down_a = _weight_grad(grad_v, kept, routing, grouped=True)
         if need_down_b:
             gated_v = _linear(kept, down_a, routing, grouped=True) * ctx.scales[1]
             grad_down_b = _weight_grad(gated_v, grad, routing).transpose(1, 2)
+        del gated_h, kept
         grad_x, grad_w_up, grad_b_up = _linear_backward(
             grad_z, x, w_up.to(grad.dtype), routing, [need_x, need_w_up, need_b_up]
         )
@@ -294,8 +295,8 @@ class _LowRankMlp(torch.autograd.Function):
             )
         if grad_u is not None:
             grad_u = grad_u * ctx.scales[0]
-            kept = _kept(x, up_keep) if need_up_a else None
-            addend, grad_up_a, _ = _linear_backward(grad_u, kept, up_a, routing, [need_x, need_up_a, False])
+            seen = _kept(x, up_keep) if need_up_a else None
+            addend, grad_up_a, _ = _linear_backward(grad_u, seen, up_a, routing, [need_x, need_up_a, False])
             if need_x:
                 grad_x += _kept(addend, up_keep)
         return (
