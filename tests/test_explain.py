@@ -76,10 +76,12 @@ def test_every_launch_says_why(dtype: str, device: str) -> None:
 def test_hopper() -> None:
     assert kernels("moe_mlp", device="sm_90") == ["sm90::grouped_gemm_kernel"] * 2 + ["combine_kernel"]
     assert explain("moe_mlp", device="sm_90", **SIZES)[0].step == "up projection with activation"
-    assert {name for name in kernels("moe_mlp", device="sm_90", backward=True) if "::" in name} == {
-        "sm90::grouped_gemm_kernel",
-        "sm90::weight_grad_kernel",
-    }
+    gemm, grad = "sm90::grouped_gemm_kernel", "sm90::weight_grad_kernel"
+    backward = [gemm, "gate_grad_kernel", grad, gemm, "combine_kernel", grad]
+    assert kernels("moe_mlp", device="sm_90", backward=True) == backward
+    assert "gate_grad_bias_kernel" in kernels("moe_mlp", device="sm_90", backward=True, bias=True)
+    fused = [explain("moe_mlp", device="sm_90", backward=True, **{**SIZES, "hidden_size": h})[0] for h in (1024, 2048)]
+    assert [launch.tile for launch in fused] == [(128, 128, 64), (128, 256, 64)]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,7 @@ def test_hopper_leaves_it_to_the_others(arguments: dict[str, Any], reason: str) 
 )
 def test_activation_in_a_pass_of_its_own(arguments: dict[str, Any]) -> None:
     assert "activation_forward_kernel" in kernels("moe_mlp", device="sm_90", **arguments)
+    assert "activation_backward_kernel" in kernels("moe_mlp", device="sm_90", backward=True, **arguments)
 
 
 def test_weight_gradient_with_both_sides_gathered() -> None:

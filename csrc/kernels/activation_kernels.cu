@@ -4,6 +4,7 @@
 
 #include "activation_device.h"
 #include "dispatch.h"
+#include "expert_offsets.h"
 #include "fast_divider.h"
 #include "vector.h"
 
@@ -22,20 +23,6 @@ __global__ void __launch_bounds__(kRowBlockThreads) activation_forward_kernel(co
     for (int64_t column = int64_t{threadIdx.x} * kSize; column < p.width; column += int64_t{blockDim.x} * kSize) {
         activate(GluVectors<T, kSize>::load(z, column, p.width, p.activation), p.activation).store(hidden + column);
     }
-}
-
-// The expert of a grouped position that belongs to one.
-__device__ __forceinline__ int expert_of(const int32_t* expert_offsets, int num_experts, int64_t position) {
-    int low = 0, high = num_experts - 1;
-    while (low < high) {
-        const int middle = (low + high) / 2;
-        if (position < expert_offsets[middle + 1]) {
-            high = middle;
-        } else {
-            low = middle + 1;
-        }
-    }
-    return low;
 }
 
 // One warp for each grouped position: the row's dot product needs no other.

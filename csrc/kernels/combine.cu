@@ -60,9 +60,11 @@ __global__ void __launch_bounds__(kRowBlockThreads) combine_kernel(const Combine
 
 template <typename T, bool kAligned>
 cudaError_t launch_combine(const CombineParams& p, cudaStream_t stream) {
-    const auto kernel = p.top_k <= 2   ? combine_kernel<T, kAligned, 2>
-                        : p.top_k <= 4 ? combine_kernel<T, kAligned, 4>
-                                       : combine_kernel<T, kAligned, 8>;
+    const auto kernel = p.top_k <= 2       ? combine_kernel<T, kAligned, 2>
+                        : p.top_k <= 4     ? combine_kernel<T, kAligned, 4>
+                        : p.top_k % 5 == 0 ? combine_kernel<T, kAligned, 5>
+                        : p.top_k % 6 == 0 ? combine_kernel<T, kAligned, 6>
+                                           : combine_kernel<T, kAligned, 8>;
     const dim3 block = row_block(ceil_div(p.hidden, kVectorSize<T, kAligned>));
     kernel<<<static_cast<unsigned>(ceil_div(p.num_tokens, block.y)), block, 0, stream>>>(p);
     return cudaGetLastError();

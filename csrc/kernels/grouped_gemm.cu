@@ -6,6 +6,7 @@
 #include "select.h"
 #include "simt/instances.h"
 #include "sm80/instances.h"
+#include "sm90/select.h"
 #if defined(SCATTERMOE_SM90)
 #include "sm90/sm90.h"
 #endif
@@ -42,7 +43,21 @@ cudaError_t choose(const Params& p, bool aligned, bool weight_gradient, GemmChoi
     return error;
 }
 
+template <typename Params>
+bool takes_hopper(const Params& p, bool weight_gradient) {
+    GemmChoice choice;
+    return choose(p, /*aligned=*/true, weight_gradient, choice) == cudaSuccess && choice.engine == GemmEngine::kHopper;
+}
+
 }  // namespace
+
+bool counts_tiles(const GroupedGemmParams& p) {
+    return sm90::deals_tiles(p.k) && takes_hopper(p, /*weight_gradient=*/false);
+}
+
+bool counts_tiles(const WeightGradParams& p) {
+    return takes_hopper(p, /*weight_gradient=*/true);
+}
 
 cudaError_t grouped_gemm(const GroupedGemmParams& p, cudaStream_t stream) {
     if (p.num_slots == 0 || p.n == 0) return cudaSuccess;

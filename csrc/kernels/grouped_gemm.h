@@ -49,7 +49,11 @@ struct GroupedGemmParams {
     int32_t num_slots = 0;
     int32_t n = 0;
     int32_t k = 0;
+    int32_t* tile_counter = nullptr;  // holds 0, for this launch alone; or none, which is slower where it is asked for
 };
+
+// Whether the kernel that the product takes asks for a tile_counter; out may be none.
+bool counts_tiles(const GroupedGemmParams& params);
 
 cudaError_t grouped_gemm(const GroupedGemmParams& params, cudaStream_t stream);
 
@@ -71,7 +75,10 @@ struct WeightGradParams {
     int32_t num_slots = 0;
     int32_t m = 0;
     int32_t n = 0;
+    int32_t* tile_counter = nullptr;  // as above
 };
+
+bool counts_tiles(const WeightGradParams& params);
 
 cudaError_t weight_grad(const WeightGradParams& params, cudaStream_t stream);
 

@@ -44,7 +44,7 @@ class Launches {
         const kernels::GemmChoice choice = select(p);
         if (choice.engine == GemmEngine::kHopper) {
             return hopper(step, "sm90::grouped_gemm_kernel",
-                          kernels::sm90::select_store_tile(p.n, p.k, p.gathered, p.k_contiguous));
+                          kernels::sm90::select_store_tile(p.n, p.gathered, p.k_contiguous));
         }
         portable(step, "grouped_gemm_kernel", choice);
     }
@@ -61,6 +61,23 @@ class Launches {
         }
         product("up projection", p);
         rows("activation", "activation_forward_kernel", width);
+    }
+
+    // The product that gives the gradient of act(z), and the backward through act, likewise.
+    void down_projection_backward(const Product& p) {
+        const bool fused = num_slots() > 0 && p.n > 0 && !on_cpu() && query_.activation == Activation::kSwiglu &&
+                           p.gathered && !p.k_contiguous && select(p).engine == GemmEngine::kHopper;
+        if (!fused) {
+            product("gradient of hidden", p);
+            return rows("activation backward", "activation_backward_kernel", p.n);
+        }
+        hopper("gradient of hidden with activation backward", "sm90::grouped_gemm_kernel",
+               kernels::sm90::select_glu_backward_tile(p.n, p.k));
+        if (query_.bias) {
+            add("gradient of gates", "gate_grad_bias_kernel", "what the tiles summed, and the bias's part");
+        } else {
+            add("gradient of gates", "gate_grad_kernel", "what the tiles summed, in the order of their columns");
+        }
     }
 
     void weight_gradient(const char* step, WeightGradient p) {
@@ -196,8 +213,7 @@ void moe_mlp(Launches& out) {
 void moe_mlp_backward(Launches& out) {
     const ExplainQuery& q = out.query();
     if (q.bias) out.bias_gradient("gradient of down_bias", q.hidden_size);
-    out.product("gradient of hidden", {q.intermediate_size, q.hidden_size, /*gathered=*/true, q.transposed});
-    out.rows("activation backward", "activation_backward_kernel", q.intermediate_size);
+    out.down_projection_backward({q.intermediate_size, q.hidden_size, /*gathered=*/true, q.transposed});
     out.weight_gradient("gradient of w_down", {q.hidden_size, q.intermediate_size, true, false});
     if (q.bias) out.bias_gradient("gradient of up_bias", up_features(q));
     out.product("gradient of x", {q.hidden_size, up_features(q), /*gathered=*/false, q.transposed});

@@ -29,4 +29,19 @@ __device__ __forceinline__ uint4 load_shared_128(uint32_t address) {
     return value;
 }
 
+__device__ __forceinline__ void store_shared_32(uint32_t address, int value) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_16(uint32_t address, int value) {
+    asm volatile("{\n.reg .b16 low;\ncvt.u16.u32 low, %1;\nst.shared.b16 [%0], low;\n}" ::"r"(address), "r"(value)
+                 : "memory");
+}
+
+__device__ __forceinline__ int load_shared_16(uint32_t address) {
+    int value;
+    asm volatile("{\n.reg .u16 low;\nld.shared.u16 low, [%1];\ncvt.u32.u16 %0, low;\n}" : "=r"(value) : "r"(address));
+    return value;
+}
+
 }  // namespace scattermoe::kernels::ptx

@@ -86,6 +86,21 @@ struct GluArguments {
     float limit;
 };
 
+// For a row of slot s with gate g:  grad_z = g dA act'(z),  gated_hidden = g act(z),  grad_gates[s] = <dA, act(z)>.
+struct GluBackwardArguments {
+    const void* z;              // [S, 2 width], its layout that of grad_z
+    void* grad_z;               // like z, which it may be, or none
+    void* gated_hidden;         // [S, width], or none
+    const float* gates;         // by slot
+    const int32_t* slot_order;  // [S]
+    float* gate_partials;       // [tiles_n, S], or none: <dA, act(z)> over a tile's columns, by grouped position
+    int num_slots;
+    int width;
+    GluLayout layout;
+    float alpha;
+    float limit;
+};
+
 // ---- Products ----
 
 // How a product's rows come to shared memory: by the copy engine, one box a stage, where they lie in grouped order; or
@@ -102,7 +117,8 @@ struct GroupedGemmArguments {
     int num_slots;
     int tiles_n;
     int k_blocks;
-    int first_half;  // of the weight's rows: that of the tile's first half
+    int first_half;     // of the weight's rows: that of the tile's first half
+    int* tile_counter;  // tile_queue.h
     EpilogueArguments epilogue;
 };
 
@@ -117,6 +133,7 @@ struct WeightGradArguments {
     int tiles_n;
     int n;
     int m;
+    int* tile_counter;  // tile_queue.h
 };
 
 }  // namespace scattermoe::kernels::sm90

@@ -1,6 +1,6 @@
 #pragma once
 
-// Epilogues that write a tile as it is, with a bias, or the activation of it too.
+// What epilogues have in common, and those that write a tile as it is, with a bias, or the activation of it too.
 
 #include <cuda_runtime.h>
 
@@ -89,6 +89,10 @@ class StoreEpilogue {
     __device__ __forceinline__ StoreEpilogue(const Arguments& arguments, uint32_t staging)
         : arguments_(arguments), store_(warp_.staging(staging)) {}
 
+    // Before a tile's products, and while the last of them run.
+    __device__ __forceinline__ void begin(const OutputTile&) {}
+    __device__ __forceinline__ void look_ahead(const OutputTile&) {}
+
     template <typename Sums>
     __device__ __forceinline__ void run(Sums& sums, const OutputTile& tile) {
         const int first_column = tile.column * kShape.n;
@@ -147,6 +151,10 @@ class GluEpilogue {
 
     __device__ __forceinline__ GluEpilogue(const Arguments& arguments, uint32_t staging)
         : arguments_(arguments), store_(warp_.staging(staging)) {}
+
+    // Before a tile's products, and while the last of them run.
+    __device__ __forceinline__ void begin(const OutputTile&) {}
+    __device__ __forceinline__ void look_ahead(const OutputTile&) {}
 
     template <typename Sums>
     __device__ __forceinline__ void run(Sums& sums, const OutputTile& tile) {

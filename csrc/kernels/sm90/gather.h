@@ -79,12 +79,13 @@ class GatheredDepthRows {
 
     __device__ __forceinline__ explicit GatheredDepthRows(const GatheredMatrix& matrix) : matrix_(matrix) {}
 
-    // The lane's slot for the two stages of a group's rows [begin, begin + depth) that start at row `first` of it.
+    // The lane's slot for the two stages of a group's rows [begin, begin + depth) that start at row `first` of it; any
+    // slot past them.
     __device__ __forceinline__ int32_t look_up(int32_t begin, int32_t depth, int first) const {
         const int lane = threadIdx.x % kWarpSize;
         const int row =
             first + lane / 16 * kStageK + first_row(lane % kRowsPerCopy) + lane % 16 / kRowsPerCopy * kCopyRows;
-        return matrix_.look_up(begin + min(row, depth - 1));
+        return matrix_.look_up(max(begin + min(row, depth - 1), 0));
     }
 
     // Of the rows that the lanes hold, those that this lane is to copy from, at `column`; `half`: for which of their

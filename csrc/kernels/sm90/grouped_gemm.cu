@@ -84,6 +84,7 @@ cudaError_t make_operands(GroupedGemmArguments<Epilogue>& a, const GroupedGemmPa
     a.tiles_n = static_cast<int>(ceil_div(p.n / halves, tile.n / halves));
     a.k_blocks = static_cast<int>(ceil_div(p.k, kStageK));
     a.first_half = halves == 2 && layout == GluLayout::kUpGate ? 1 : 0;
+    a.tile_counter = p.tile_counter;
     if (is_gathered(p.in_rows)) return cudaSuccess;
     return make_tensor_map<2>(a.in_map, p.dtype, p.in, {{p.k, p.num_slots}, {p.in_stride}, {kStageK, tile.m}});
 }
@@ -162,7 +163,7 @@ cudaError_t grouped_gemm(const GroupedGemmParams& p, Tile tile, cudaStream_t str
 }
 
 cudaError_t grouped_gemm(const GroupedGemmParams& p, cudaStream_t stream) {
-    return grouped_gemm(p, select_store_tile(p.n, p.k, is_gathered(p.in_rows), p.weight_k_stride == 1).tile, stream);
+    return grouped_gemm(p, select_store_tile(p.n, is_gathered(p.in_rows), p.weight_k_stride == 1).tile, stream);
 }
 
 // ---- With the activation ----
@@ -216,6 +217,58 @@ cudaError_t glu_gemm(const GluGemmParams& p, cudaStream_t stream) {
     return glu_gemm(p, select_glu_tile(p.gemm.n / 2, needs_room(p)).tile, stream);
 }
 
+// ---- Backward through the activation ----
+
+namespace {
+Tile glu_backward_tile(const GroupedGemmParams& gemm) {
+    return select_glu_backward_tile(gemm.n, gemm.k).tile;
+}
+}  // namespace
+
+int gate_parts(const GroupedGemmParams& gemm) {
+    return static_cast<int>(ceil_div(gemm.n, tile_shape(glu_backward_tile(gemm)).n));
+}
+
+bool can_run(const GluBackwardGemmParams& p) {
+    const GroupedGemmParams& gemm = p.gemm;
+    return operands_fit(gemm) && p.activation.activation == Activation::kSwiglu && is_gathered(gemm.in_rows) &&
+           weight_major(gemm) == Major::kMn && gemm.bias == nullptr && is_vector_aligned(p.z) &&
+           is_vector_aligned(p.grad_z) && is_vector_aligned(p.gated_hidden);
+}
+
+cudaError_t glu_backward_gemm(const GluBackwardGemmParams& p, Tile tile, cudaStream_t stream) {
+    const GroupedGemmParams& gemm = p.gemm;
+    const GluLayout layout = p.activation.layout;
+    GroupedGemmArguments<GluBackwardArguments> a;
+    const cudaError_t error = make_operands(a, gemm, 1, layout, tile_shape(tile));
+    if (error != cudaSuccess) return error;
+    a.epilogue.z = p.z;
+    a.epilogue.grad_z = p.grad_z;
+    a.epilogue.gated_hidden = p.gated_hidden;
+    a.epilogue.gates = p.gates;
+    a.epilogue.slot_order = p.slot_order;
+    a.epilogue.gate_partials = p.gate_partials;
+    a.epilogue.num_slots = gemm.num_slots;
+    a.epilogue.width = gemm.n;
+    a.epilogue.layout = layout;
+    a.epilogue.alpha = static_cast<float>(p.activation.alpha);
+    a.epilogue.limit = static_cast<float>(p.activation.limit);
+    switch (tile) {
+        case Tile::kPingPong128x128:
+            return launch_grouped_gemm<Tile::kPingPong128x128, Rows::kGathered, Major::kMn,
+                                       EpilogueId::kSwigluBackward>(gemm.dtype, a, stream);
+        case Tile::kCooperative128x256:
+            return launch_grouped_gemm<Tile::kCooperative128x256, Rows::kGathered, Major::kMn,
+                                       EpilogueId::kSwigluBackward>(gemm.dtype, a, stream);
+        default:
+            return cudaErrorNotSupported;
+    }
+}
+
+cudaError_t glu_backward_gemm(const GluBackwardGemmParams& p, cudaStream_t stream) {
+    return glu_backward_gemm(p, glu_backward_tile(p.gemm), stream);
+}
+
 // ---- Weight gradients ----
 
 bool can_run(const WeightGradParams& p) {
@@ -246,6 +299,7 @@ cudaError_t weight_grad(const WeightGradParams& p, Tile tile, cudaStream_t strea
     a.tiles_n = static_cast<int>(ceil_div(p.n, shape.n));
     a.m = p.m;
     a.n = p.n;
+    a.tile_counter = p.tile_counter;
     if (left) {
         if (tile == Tile::kCooperative128x256) {
             return launch_weight_grad<Tile::kCooperative128x256, GatheredSide::kLeft>(p.dtype, a, stream);

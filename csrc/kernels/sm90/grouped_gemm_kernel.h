@@ -13,6 +13,7 @@
 #include "gather.h"
 #include "mainloop.h"
 #include "pipeline.h"
+#include "tile_queue.h"
 #include "tile_walker.h"
 
 namespace scattermoe::kernels::sm90 {
@@ -49,13 +50,16 @@ struct GroupedGemm {
     }
 
     // One warp; its first lane starts the copies.
-    __device__ __forceinline__ static void load_in_order(const Arguments& p, const Ring& ring, uint32_t shared) {
+    __device__ __forceinline__ static void load_in_order(const Arguments& p, const Ring& ring, TileQueue queue,
+                                                         uint32_t shared) {
         const int lane = threadIdx.x % kWarpSize;
         TileWalker<kShape.m> walker(p.expert_offsets, p.num_experts, p.tiles_n);
         Position at;
         OutputTile tile;
-        for (int number = blockIdx.x; walker.seek(number, tile); number += gridDim.x) {
+        int i = 0;
+        for (; walker.seek(queue.number(i), tile); ++i) {
             if (lane == 0) {
+                queue.begin(i);
                 for (int k_block = 0; k_block < p.k_blocks; ++k_block) {
                     ring.wait_empty(at);
                     const uint32_t full = ring.full(at.stage);
@@ -67,22 +71,24 @@ struct GroupedGemm {
             }
             __syncwarp();
         }
+        if (lane == 0) queue.end(i);
     }
 
     // The whole warpgroup. A stage is full when each thread's copies have landed, and the weight's bytes.
-    __device__ __forceinline__ static void load_gathered(const Arguments& p, const Ring& ring, uint32_t shared) {
+    __device__ __forceinline__ static void load_gathered(const Arguments& p, const Ring& ring, TileQueue queue,
+                                                         uint32_t shared) {
         TileWalker<kShape.m> walker(p.expert_offsets, p.num_experts, p.tiles_n);
         GatheredTileRows<kShape.m> rows(p.in);
         Position at;
         OutputTile next;
-        int number = blockIdx.x;
-        bool more = walker.seek(number, next);
+        int i = 0;
+        bool more = walker.seek(queue.number(i), next);
         if (more) rows.look_ahead(next);
         while (more) {
             const OutputTile tile = next;
+            if (threadIdx.x == 0) queue.begin(i);
             rows.begin_tile();
-            number += gridDim.x;
-            more = walker.seek(number, next);
+            more = walker.seek(queue.number(++i), next);
             if (more) rows.look_ahead(next);
             for (int k_block = 0; k_block < p.k_blocks; ++k_block) {
                 ring.wait_empty(at);
@@ -96,9 +102,11 @@ struct GroupedGemm {
                 at.advance();
             }
         }
+        if (threadIdx.x == 0) queue.end(i);
     }
 
-    __device__ __forceinline__ static void multiply(const Arguments& p, const Ring& ring, uint32_t shared) {
+    __device__ __forceinline__ static void multiply(const Arguments& p, const Ring& ring, const TileQueue& queue,
+                                                    uint32_t shared) {
         const int consumer = threadIdx.x / kWarpgroupThreads - 1, lane = threadIdx.x % kWarpSize;
         Epilogue epilogue(p.epilogue, shared + Layout::kStaging);
         TileWalker<kShape.m> walker(p.expert_offsets, p.num_experts, p.tiles_n);
@@ -109,27 +117,43 @@ struct GroupedGemm {
         };
         typename Loop::Sums sums;
         OutputTile tile;
+        // An expert's last tile may have no rows in its second half.
         if constexpr (kShape.ping_pong) {
             uint32_t turn = Ring::first_turn(consumer);
             if (consumer == 1) at.advance(p.k_blocks);
-            for (int number = blockIdx.x + consumer * gridDim.x; walker.seek(number, tile);
-                 number += kConsumers * gridDim.x) {
+            for (int i = consumer; walker.seek(queue.number(i), tile); i += kConsumers) {
+                const auto before_drain = [&] {
+                    ring.pass_turn(consumer, lane);
+                    epilogue.look_ahead(tile);
+                };
+                epilogue.begin(tile);
                 ring.wait_turn(consumer, turn);
-                Loop::run(sums, ring, at, shared, consumer, p.k_blocks, prepare,
-                          [&] { ring.pass_turn(consumer, lane); });
+                if (Epilogue::kCrowded || tile.rows > kShape.m / 2) {
+                    Loop::run(sums, ring, at, shared, consumer, p.k_blocks, prepare, before_drain);
+                } else {
+                    Loop::template run<Loop::kBlocks / 2>(sums, ring, at, shared, consumer, p.k_blocks, prepare,
+                                                          before_drain);
+                }
                 epilogue.run(sums, tile);
                 at.advance(p.k_blocks);  // the other's tile
             }
         } else {
-            int number = blockIdx.x;
-            bool more = walker.seek(number, tile);
+            int i = 0;
+            bool more = walker.seek(queue.number(i), tile);
             while (more) {
                 OutputTile next;
-                Loop::run(sums, ring, at, shared, consumer, p.k_blocks, prepare, [&] {
-                    number += gridDim.x;
-                    more = walker.seek(number, next);
-                });
-                epilogue.run(sums, tile);
+                const auto before_drain = [&] {
+                    epilogue.look_ahead(tile);
+                    more = walker.seek(queue.number(++i), next);
+                };
+                epilogue.begin(tile);
+                if (consumer * (kShape.m / kConsumers) < tile.rows) {
+                    Loop::run(sums, ring, at, shared, consumer, p.k_blocks, prepare, before_drain);
+                    epilogue.run(sums, tile);
+                } else {
+                    Loop::skip(ring, at, p.k_blocks);
+                    more = walker.seek(queue.number(++i), next);
+                }
                 tile = next;
             }
         }
@@ -145,18 +169,22 @@ __global__ void __launch_bounds__(kThreads, 1)
     extern __shared__ __align__(1024) unsigned char dynamic_shared[];
     const uint32_t shared = opaque_address(dynamic_shared);
     const typename Gemm::Ring ring(shared + Gemm::Layout::kBarriers);
-    if (threadIdx.x == 0) ring.init(Gemm::kGathers ? 1 + kWarpgroupThreads : 1, Gemm::kShape.ping_pong);
+    const TileQueue queue(shared + Gemm::Layout::kQueue, p.tile_counter);
+    if (threadIdx.x == 0) {
+        ring.init(Gemm::kGathers ? 1 + kWarpgroupThreads : 1, Gemm::kShape.ping_pong);
+        queue.init();
+    }
     __syncthreads();
     if (threadIdx.x < kWarpgroupThreads) {
         ptx::setmaxnreg_decrease<kBudget.producer>();
         if constexpr (Gemm::kGathers) {
-            Gemm::load_gathered(p, ring, shared);
+            Gemm::load_gathered(p, ring, queue, shared);
         } else if (threadIdx.x < kWarpSize) {
-            Gemm::load_in_order(p, ring, shared);
+            Gemm::load_in_order(p, ring, queue, shared);
         }
     } else {
         ptx::setmaxnreg_increase<kBudget.consumer>();
-        Gemm::multiply(p, ring, shared);
+        Gemm::multiply(p, ring, queue, shared);
     }
 }
 

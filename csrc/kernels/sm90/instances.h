@@ -10,7 +10,7 @@
 
 namespace scattermoe::kernels::sm90 {
 
-enum class EpilogueId : int { kStore, kSwiglu };
+enum class EpilogueId : int { kStore, kSwiglu, kSwigluBackward };
 
 template <EpilogueId kEpilogue>
 struct EpilogueArgumentsOf;
@@ -21,6 +21,10 @@ struct EpilogueArgumentsOf<EpilogueId::kStore> {
 template <>
 struct EpilogueArgumentsOf<EpilogueId::kSwiglu> {
     using Type = GluArguments;
+};
+template <>
+struct EpilogueArgumentsOf<EpilogueId::kSwigluBackward> {
+    using Type = GluBackwardArguments;
 };
 
 template <EpilogueId kEpilogue>
@@ -51,6 +55,9 @@ extern SCATTERMOE_GROUPED_GEMM(kCooperative128x256, kGathered, kMn, kStore);
 
 extern SCATTERMOE_GROUPED_GEMM(kPingPong128x192, kGathered, kK, kSwiglu);
 extern SCATTERMOE_GROUPED_GEMM(kCooperative128x256, kGathered, kK, kSwiglu);
+
+extern SCATTERMOE_GROUPED_GEMM(kPingPong128x128, kGathered, kMn, kSwigluBackward);
+extern SCATTERMOE_GROUPED_GEMM(kCooperative128x256, kGathered, kMn, kSwigluBackward);
 
 extern SCATTERMOE_WEIGHT_GRAD(kPingPong128x192, kNeither);
 extern SCATTERMOE_WEIGHT_GRAD(kCooperative128x256, kNeither);

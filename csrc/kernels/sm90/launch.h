@@ -10,6 +10,7 @@
 #include "../device.h"
 #include "../dispatch.h"
 #include "epilogue.h"
+#include "glu_backward_epilogue.h"
 #include "grouped_gemm_kernel.h"
 #include "instances.h"
 #include "weight_grad_kernel.h"
@@ -27,6 +28,11 @@ struct EpilogueOf<EpilogueId::kSwiglu, Element, kTile> {
     using Type = GluEpilogue<Element, kTile, Activation::kSwiglu>;
 };
 
+template <typename Element, Tile kTile>
+struct EpilogueOf<EpilogueId::kSwigluBackward, Element, kTile> {
+    using Type = GluBackwardEpilogue<Element, kTile, Activation::kSwiglu>;
+};
+
 // One block on every SM, or fewer where there are fewer tiles.
 template <typename Arguments>
 cudaError_t launch_persistent(void (*kernel)(Arguments), OncePerDevice& shared_allowed, int shared, int64_t tiles,
@@ -41,8 +47,8 @@ cudaError_t launch_persistent(void (*kernel)(Arguments), OncePerDevice& shared_a
             [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared); });
     }
     if (error != cudaSuccess) return error;
-    // Tile numbers run past the last by as much as a grid.
-    if (tiles > INT32_MAX - kConsumers * multiprocessors) return cudaErrorInvalidConfiguration;
+    // Tile numbers run past the last by some grids.
+    if (tiles > INT32_MAX - 4 * multiprocessors) return cudaErrorInvalidConfiguration;
     const int64_t blocks = std::clamp<int64_t>(tiles, 1, multiprocessors);
     kernel<<<static_cast<unsigned>(blocks), kThreads, shared, stream>>>(arguments);
     return cudaGetLastError();
@@ -75,8 +81,8 @@ cudaError_t launch_weight_grad(DType dtype, const WeightGradArguments& arguments
         using Element = typename decltype(tag)::type;
         static OncePerDevice shared_allowed;
         const int64_t tiles = int64_t{arguments.num_experts} * arguments.tiles_m * arguments.tiles_n;
-        return launch_persistent(weight_grad_kernel<Element, kTile, kGathered>, shared_allowed, shared_bytes(kTile),
-                                 tiles, arguments, stream);
+        return launch_persistent(weight_grad_kernel<Element, kTile, kGathered>, shared_allowed,
+                                 weight_grad_shared_bytes(kTile), tiles, arguments, stream);
     });
 }
 

@@ -43,7 +43,8 @@ struct Mainloop {
     // Sums of a tile over its k_blocks > 0 stages. prepare(k_block, stage) runs between a stage's arrival and its
     // products, before_drain() when the last products have been issued but not finished. The first stage is not part of
     // the loop: an `if` around the wait in there would make ptxas wait for every product at once.
-    template <typename Prepare, typename BeforeDrain>
+    // kActive: how many of the warpgroup's blocks of 64 rows are multiplied.
+    template <int kActive = kBlocks, typename Prepare, typename BeforeDrain>
     __device__ __forceinline__ static void run(Sums& sums, const Ring& ring, Position& at, uint32_t shared,
                                                int consumer, int k_blocks, Prepare&& prepare,
                                                BeforeDrain&& before_drain) {
@@ -59,7 +60,7 @@ struct Mainloop {
 #pragma unroll
             for (int step = 0; step < kStageK / 16; ++step) {
 #pragma unroll
-                for (int block = 0; block < kBlocks; ++block) {
+                for (int block = 0; block < kActive; ++block) {
                     ptx::wgmma<Element, kMajorA, kMajorB, kShape.n>(
                         sums[block], a_stage + block * A::kNextBlock + step * A::kNext16, b_stage + step * B::kNext16,
                         accumulate || step > 0);
@@ -82,6 +83,15 @@ struct Mainloop {
         before_drain();
         ptx::wgmma_wait<0>();
         ring.release(previous, lane);
+    }
+
+    // The same of no rows at all.
+    __device__ __forceinline__ static void skip(const Ring& ring, Position& at, int k_blocks) {
+        for (int k_block = 0; k_block < k_blocks; ++k_block) {
+            ring.wait_full(at);
+            ring.release(at.stage, threadIdx.x % kWarpSize);
+            at.advance();
+        }
     }
 };
 

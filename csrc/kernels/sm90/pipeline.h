@@ -103,7 +103,8 @@ struct SharedLayout {
     static constexpr int kB = kStages * kShape.a_bytes();
     static constexpr int kStaging = kB + kStages * kShape.b_bytes();
     static constexpr int kBarriers = kStaging + staging_bytes(kTile);
-    static_assert(kShape.a_bytes() % 1024 == 0 && kShape.b_bytes() % 1024 == 0 && kStages <= 7);
+    static constexpr int kQueue = kBarriers + kBarrierBytes - kQueueBytes;
+    static_assert(kShape.a_bytes() % 1024 == 0 && kShape.b_bytes() % 1024 == 0 && kStages <= kMaxStages);
     static_assert(kBarriers + kBarrierBytes == shared_bytes(kTile) && shared_bytes(kTile) <= kSharedBytes);
 };
 

@@ -34,9 +34,27 @@ struct GluGemmParams {
 bool can_run(const GluGemmParams& params);
 cudaError_t glu_gemm(const GluGemmParams& params, cudaStream_t stream);
 
+// dA = in W^T with in the rows of dO by token and W = W_down with n contiguous, taken on through the activation:
+//   grad_z = g dA act'(z),  gated_hidden = g act(z),  gate_partials = <dA, act(z)> by parts of the columns
+struct GluBackwardGemmParams {
+    GroupedGemmParams gemm;  // no out
+    ActivationParams activation;
+    const void* z = nullptr;       // [S, 2 n]
+    const float* gates = nullptr;  // by slot
+    const int32_t* slot_order = nullptr;
+    void* grad_z = nullptr;          // like z, which it may be, or none
+    void* gated_hidden = nullptr;    // [S, n], or none
+    float* gate_partials = nullptr;  // [gate_parts(gemm), S], or none
+};
+
+int gate_parts(const GroupedGemmParams& gemm);
+bool can_run(const GluBackwardGemmParams& params);
+cudaError_t glu_backward_gemm(const GluBackwardGemmParams& params, cudaStream_t stream);
+
 // The same with a tile of the caller's choice, cudaErrorNotSupported if there is no such kernel: for measurements.
 cudaError_t grouped_gemm(const GroupedGemmParams& params, Tile tile, cudaStream_t stream);
 cudaError_t weight_grad(const WeightGradParams& params, Tile tile, cudaStream_t stream);
 cudaError_t glu_gemm(const GluGemmParams& params, Tile tile, cudaStream_t stream);
+cudaError_t glu_backward_gemm(const GluBackwardGemmParams& params, Tile tile, cudaStream_t stream);
 
 }  // namespace scattermoe::kernels::sm90

@@ -79,6 +79,12 @@ class StagedStore {
         }
     }
 
+    // What was staged, sixteen bytes of a row.
+    __device__ __forceinline__ uint4 load_staged(int row, int chunk) const {
+        return ptx::load_shared_128(buffer() + row * kPitch + swizzle(row, chunk));
+    }
+    __device__ __forceinline__ void next() { index_ = index_ + 1 == kBuffers ? 0 : index_ + 1; }
+
     // The same with even columns from one fragment and odd ones from another, each of half as many columns.
     template <typename Even, typename Odd>
     __device__ __forceinline__ void stage_interleaved(Even&& even, Odd&& odd) {
@@ -134,7 +140,6 @@ class StagedStore {
 
   private:
     __device__ __forceinline__ uint32_t buffer() const { return buffers_ + index_ * kBufferBytes; }
-    __device__ __forceinline__ void next() { index_ = index_ + 1 == kBuffers ? 0 : index_ + 1; }
 
     // Waits until the buffer's last contents have left.
     __device__ __forceinline__ void claim() {

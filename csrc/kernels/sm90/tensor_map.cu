@@ -36,12 +36,19 @@ cudaError_t make_tensor_map(CUtensorMap& map, DType dtype, const void* data, int
         element_strides[i] = 1;
         if (i > 0) map_strides[i - 1] = static_cast<cuuint64_t>(strides[i - 1] * size_of(dtype));
     }
-    const CUresult result =
-        encode(&map, dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-               static_cast<cuuint32_t>(rank), const_cast<void*>(data), map_sizes, map_strides, map_box, element_strides,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+    const auto encode_map = [&] {
+        return encode(
+            &map, dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            static_cast<cuuint32_t>(rank), const_cast<void*>(data), map_sizes, map_strides, map_box, element_strides,
+            CU_TENSOR_MAP_INTERLEAVE_NONE, box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    };
+    if (encode_map() == CUDA_SUCCESS) return cudaSuccess;
+    // The driver wants the thread to have a context, which the runtime gives it with the first call that needs one: a
+    // thread of autograd may not have made any.
+    const cudaError_t error = cudaFree(nullptr);
+    if (error != cudaSuccess) return error;
+    return encode_map() == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 }  // namespace scattermoe::kernels::sm90

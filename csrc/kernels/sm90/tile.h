@@ -51,7 +51,9 @@ SCATTERMOE_HD constexpr TileShape tile_shape(Tile tile) {
 // ---- Shared memory ----
 
 inline constexpr int kSharedBytes = 227 * 1024;  // all that one block can have
-inline constexpr int kBarrierBytes = 256;
+inline constexpr int kMaxStages = 7;
+inline constexpr int kQueueEntries = 16, kQueueBytes = 128;  // tile_queue.h
+inline constexpr int kBarrierBytes = 128 + kQueueBytes;
 inline constexpr int kStagingBufferBytes = 2048;  // 16 rows of 64 columns
 inline constexpr int kConsumerWarps = kConsumers * 4;
 
@@ -70,9 +72,18 @@ SCATTERMOE_HD constexpr int shared_bytes(Tile tile) {
 }
 
 // Two barriers for each stage and two that order the consumers, eight bytes each.
-static_assert((2 * 7 + 2) * 8 <= kBarrierBytes);
+static_assert((2 * kMaxStages + 2) * 8 + kQueueBytes <= kBarrierBytes);
 static_assert(stage_count(Tile::kPingPong128x192) == 5 && stage_count(Tile::kPingPong128x128) == 6 &&
               stage_count(Tile::kCooperative128x256) == 4 && stage_count(Tile::kCooperative256x128) == 4);
+
+// A weight gradient's kernel keeps the order of up to so many experts.
+inline constexpr int kMaxOrderedExperts = 1024;
+SCATTERMOE_HD constexpr int weight_grad_shared_bytes(Tile tile) {
+    return shared_bytes(tile) + kMaxOrderedExperts * 2;
+}
+static_assert(weight_grad_shared_bytes(Tile::kPingPong128x192) <= kSharedBytes &&
+              weight_grad_shared_bytes(Tile::kCooperative128x256) <= kSharedBytes &&
+              weight_grad_shared_bytes(Tile::kCooperative256x128) <= kSharedBytes);
 
 // Columns that a warp stages at a time. A tile of gates and ups has half as many columns of either.
 inline constexpr int kStoreColumns = 64;
@@ -102,10 +113,16 @@ SCATTERMOE_HD constexpr RegisterBudget register_budget(bool gathers, bool crowde
     return gathers && !crowded ? RegisterBudget{56, 224} : RegisterBudget{40, 232};
 }
 
+// The gathering of a weight gradient has more to hold.
+SCATTERMOE_HD constexpr RegisterBudget weight_grad_register_budget(bool gathers) {
+    return gathers ? RegisterBudget{64, 216} : RegisterBudget{40, 232};
+}
+
 constexpr bool fits_registers(RegisterBudget budget) {
     return budget.producer + kConsumers * budget.consumer <= (1 + kConsumers) * kLaunchRegisters;
 }
-static_assert(fits_registers(register_budget(true, false)) && fits_registers(register_budget(false, false)));
+static_assert(fits_registers(register_budget(true, false)) && fits_registers(register_budget(false, false)) &&
+              fits_registers(weight_grad_register_budget(true)));
 
 // Whether the gated epilogue has registers left for a bias and for interleaved columns.
 SCATTERMOE_HD constexpr bool has_room_for_glu(Tile tile) {

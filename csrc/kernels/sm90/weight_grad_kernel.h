@@ -16,6 +16,7 @@
 #include "gather.h"
 #include "mainloop.h"
 #include "pipeline.h"
+#include "tile_queue.h"
 
 namespace scattermoe::kernels::sm90 {
 
@@ -27,20 +28,68 @@ struct DepthTile {
     int row;     // of the output, in tiles
     int column;  // likewise
 
-    __device__ __forceinline__ int k_blocks() const { return (depth + kStageK - 1) / kStageK; }
+    // One at least, of zeros where there are no rows.
+    __device__ __forceinline__ int k_blocks() const { return max((depth + kStageK - 1) / kStageK, 1); }
 };
 
-__device__ __forceinline__ bool find_tile(const WeightGradArguments& p, int number, DepthTile& tile) {
-    const int tiles = p.tiles_m * p.tiles_n;
-    tile.expert = number / tiles;
-    if (tile.expert >= p.num_experts) return false;
-    const TileIndex index = banded_order(number - tile.expert * tiles, p.tiles_m, p.tiles_n);
-    tile.row = index.m;
-    tile.column = index.n;
-    tile.begin = __ldg(p.expert_offsets + tile.expert);
-    tile.depth = __ldg(p.expert_offsets + tile.expert + 1) - tile.begin;
-    return true;
-}
+// Tiles in the order of their numbers: an expert's one after the other, experts with many rows first. Their tiles take
+// longest, and what is left for the end should be short.
+class DepthTiles {
+  public:
+    // `order`: shared memory for the experts' order. The block calls it together; `scratch` is free again afterwards,
+    // for the copy engine too.
+    __device__ __forceinline__ DepthTiles(const WeightGradArguments& arguments, uint32_t order, uint32_t scratch)
+        : p(arguments), order_(order) {
+        if (!is_ordered()) return;
+        const auto rows = [&](int expert) {
+            return __ldg(p.expert_offsets + expert + 1) - __ldg(p.expert_offsets + expert);
+        };
+        // The same number of rounds for all threads, or the compiler would take them to be apart ever after.
+        const int padded = (p.num_experts + 3) / 4 * 4;
+        for (int first = 0; first < padded; first += kThreads) {
+            const int expert = first + static_cast<int>(threadIdx.x);
+            if (expert < padded) ptx::store_shared_32(scratch + expert * 4, expert < p.num_experts ? rows(expert) : -1);
+        }
+        __syncthreads();
+        for (int first = 0; first < p.num_experts; first += kThreads) {
+            const int expert = first + static_cast<int>(threadIdx.x);
+            const int mine = rows(min(expert, p.num_experts - 1));
+            int before = 0;
+            for (int other = 0; other < padded; other += 4) {
+                const uint4 four = ptx::load_shared_128(scratch + other * 4);
+                const int theirs[4] = {static_cast<int>(four.x), static_cast<int>(four.y), static_cast<int>(four.z),
+                                       static_cast<int>(four.w)};
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    before += theirs[i] > mine || (theirs[i] == mine && other + i < expert);
+            }
+            if (expert < p.num_experts) ptx::store_shared_16(order_ + before * 2, expert);
+        }
+        ptx::fence_proxy_async();
+    }
+
+    // False past the last. The whole warp asks.
+    __device__ __forceinline__ bool find(int number, DepthTile& tile) const {
+        const int tiles = p.tiles_m * p.tiles_n, place = number / tiles;
+        if (place >= p.num_experts) return false;
+        tile.expert = place;
+        if (is_ordered()) {
+            tile.expert = __reduce_max_sync(kFullWarp, ptx::load_shared_16(order_ + place * 2));
+        }
+        const TileIndex index = banded_order(number - place * tiles, p.tiles_m, p.tiles_n);
+        tile.row = index.m;
+        tile.column = index.n;
+        tile.begin = __ldg(p.expert_offsets + tile.expert);
+        tile.depth = __ldg(p.expert_offsets + tile.expert + 1) - tile.begin;
+        return true;
+    }
+
+  private:
+    __device__ __forceinline__ bool is_ordered() const { return p.num_experts <= kMaxOrderedExperts; }
+
+    const WeightGradArguments& p;
+    uint32_t order_;
+};
 
 template <typename Element, Tile kTile, GatheredSide kGathered>
 struct WeightGrad {
@@ -78,50 +127,64 @@ struct WeightGrad {
         }
     }
 
-    // One thread.
-    __device__ __forceinline__ static void load(const Arguments& p, const Ring& ring, uint32_t shared) {
+    // One warp; its first lane starts the copies.
+    __device__ __forceinline__ static void load(const Arguments& p, const Ring& ring, const DepthTiles& tiles,
+                                                TileQueue queue, uint32_t shared) {
         Position at;
         DepthTile tile;
-        for (int number = blockIdx.x; find_tile(p, number, tile); number += gridDim.x) {
-            for (int k_block = 0; k_block < tile.k_blocks(); ++k_block) {
-                ring.wait_empty(at);
-                load_in_order(p, ring, at, shared, tile, k_block);
-                at.advance();
+        int i = 0;
+        for (; tiles.find(queue.number(i), tile); ++i) {
+            if (threadIdx.x == 0) {
+                queue.begin(i);
+                for (int k_block = 0; k_block < tile.k_blocks(); ++k_block) {
+                    ring.wait_empty(at);
+                    load_in_order(p, ring, at, shared, tile, k_block);
+                    at.advance();
+                }
             }
+            __syncwarp();
         }
+        if (threadIdx.x == 0) queue.end(i);
     }
 
-    // Groups of stages, one tile's after the other's, past experts without rows: what row numbers are looked up for at
-    // once.
+    // Groups of stages, one tile's after the other's: what row numbers are looked up for at once.
     template <int kStagesAtOnce>
     struct StageGroups {
-        const Arguments& p;
-        int number;
+        const DepthTiles& tiles;
+        TileQueue& queue;
+        int i = 0;
         int k_block = 0;
         DepthTile tile;
         bool more;
 
-        __device__ __forceinline__ explicit StageGroups(const Arguments& arguments) : p(arguments), number(blockIdx.x) {
-            more = find_tile(p, number, tile);
-            skip_empty();
+        __device__ __forceinline__ StageGroups(const DepthTiles& all, TileQueue& numbers) : tiles(all), queue(numbers) {
+            enter();
         }
         __device__ __forceinline__ void next() {
             k_block += kStagesAtOnce;
-            skip_empty();
+            if (k_block < tile.k_blocks()) return;
+            k_block = 0;
+            ++i;
+            enter();
         }
 
       private:
-        __device__ __forceinline__ void skip_empty() {
-            while (more && k_block >= tile.k_blocks()) {
-                k_block = 0;
-                number += gridDim.x;
-                more = find_tile(p, number, tile);
+        __device__ __forceinline__ void enter() {
+            more = tiles.find(queue.number(i), tile);
+            if (threadIdx.x == 0) {
+                if (more) {
+                    queue.begin(i);
+                } else {
+                    queue.end(i);
+                }
             }
+            __syncwarp();
         }
     };
 
     // The whole warpgroup; row numbers are looked up a group of stages ahead.
-    __device__ __forceinline__ static void load_gathered(const Arguments& p, const Ring& ring, uint32_t shared) {
+    __device__ __forceinline__ static void load_gathered(const Arguments& p, const Ring& ring, const DepthTiles& tiles,
+                                                         TileQueue queue, uint32_t shared) {
         constexpr bool kLeft = kGathered == GatheredSide::kLeft;
         constexpr int kExtent = kLeft ? kShape.m : kShape.n;
         constexpr int kOffset = kLeft ? 0 : Layout::kB;
@@ -129,7 +192,7 @@ struct WeightGrad {
         using DepthRows = GatheredDepthRows<kExtent>;
         DepthRows rows(p.gathered);
         Position at;
-        StageGroups<DepthRows::kStagesAtOnce> ahead(p);
+        StageGroups<DepthRows::kStagesAtOnce> ahead(tiles, queue);
         int32_t slot_ahead = 0;
         const auto look_up = [&] {
             if (ahead.more) slot_ahead = rows.look_up(ahead.tile.begin, ahead.tile.depth, ahead.k_block * kStageK);
@@ -176,50 +239,36 @@ struct WeightGrad {
         ptx::named_barrier_sync<kWriters>(static_cast<int>(NamedBarrier::kTail) + (kShape.ping_pong ? consumer : 0));
     }
 
-    __device__ __forceinline__ static void multiply(const Arguments& p, const Ring& ring, uint32_t shared) {
+    __device__ __forceinline__ static void multiply(const Arguments& p, const Ring& ring, const DepthTiles& tiles,
+                                                    const TileQueue& queue, uint32_t shared) {
         using Store = StagedStore<Element, kStoreColumns, kShape.staging_buffers>;
         const ConsumerWarp<kTile> warp;
         Store store(warp.staging(shared + Layout::kStaging));
         typename Loop::Sums sums;
         Position at;
         uint32_t turn = Ring::first_turn(warp.consumer);
-        int number = blockIdx.x;
+        int i = 0;
         DepthTile tile, next;
-        bool more = find_tile(p, number, tile);
-        const auto look_ahead = [&] {
-            number += gridDim.x;
-            more = find_tile(p, number, next);
-        };
+        bool more = tiles.find(queue.number(i), tile);
+        const auto look_ahead = [&] { more = tiles.find(queue.number(++i), next); };
         if (kShape.ping_pong && warp.consumer == 1 && more) {
             at.advance(tile.k_blocks());
             look_ahead();
             tile = next;
         }
         while (more) {
-            const int k_blocks = tile.k_blocks();
             if constexpr (kShape.ping_pong) ring.wait_turn(warp.consumer, turn);
-            const auto hand_over = [&] {
-                if constexpr (kShape.ping_pong) ring.pass_turn(warp.consumer, warp.lane);
-                look_ahead();
-            };
-            if (k_blocks > 0) {
-                Loop::run(
-                    sums, ring, at, shared, warp.consumer, k_blocks,
-                    [&](int k_block, int stage) {
-                        if constexpr (kGathers) ptx::fence_proxy_async();
-                        const int depth = tile.depth - k_block * kStageK;
-                        if (depth < kStageK) zero_tail(shared, stage, depth, warp.consumer);
-                    },
-                    hand_over);
-            } else {
-                hand_over();
-#pragma unroll
-                for (int block = 0; block < kShape.consumer_blocks(); ++block) {
-#pragma unroll
-                    for (int i = 0; i < kShape.n / 2; ++i)
-                        sums[block][i] = 0.0f;
-                }
-            }
+            Loop::run(
+                sums, ring, at, shared, warp.consumer, tile.k_blocks(),
+                [&](int k_block, int stage) {
+                    if constexpr (kGathers) ptx::fence_proxy_async();
+                    const int depth = tile.depth - k_block * kStageK;
+                    if (depth < kStageK) zero_tail(shared, stage, depth, warp.consumer);
+                },
+                [&] {
+                    if constexpr (kShape.ping_pong) ring.pass_turn(warp.consumer, warp.lane);
+                    look_ahead();
+                });
             write(p, sums, warp, store, tile);
             if (kShape.ping_pong && more) {  // the other's tile
                 at.advance(next.k_blocks());
@@ -256,22 +305,27 @@ struct WeightGrad {
 template <typename Element, Tile kTile, GatheredSide kGathered>
 __global__ void __launch_bounds__(kThreads, 1) weight_grad_kernel(const __grid_constant__ WeightGradArguments p) {
     using Grad = WeightGrad<Element, kTile, kGathered>;
-    constexpr RegisterBudget kBudget = register_budget(Grad::kGathers, false);
+    constexpr RegisterBudget kBudget = weight_grad_register_budget(Grad::kGathers);
     extern __shared__ __align__(1024) unsigned char dynamic_shared[];
     const uint32_t shared = opaque_address(dynamic_shared);
     const typename Grad::Ring ring(shared + Grad::Layout::kBarriers);
-    if (threadIdx.x == 0) ring.init(Grad::kGathers ? 1 + kWarpgroupThreads : 1, Grad::kShape.ping_pong);
+    const TileQueue queue(shared + Grad::Layout::kQueue, p.tile_counter);
+    const DepthTiles tiles(p, shared + shared_bytes(kTile), shared);
+    if (threadIdx.x == 0) {
+        ring.init(Grad::kGathers ? 1 + kWarpgroupThreads : 1, Grad::kShape.ping_pong);
+        queue.init();
+    }
     __syncthreads();
     if (threadIdx.x < kWarpgroupThreads) {
         ptx::setmaxnreg_decrease<kBudget.producer>();
         if constexpr (Grad::kGathers) {
-            Grad::load_gathered(p, ring, shared);
-        } else if (threadIdx.x == 0) {
-            Grad::load(p, ring, shared);
+            Grad::load_gathered(p, ring, tiles, queue, shared);
+        } else if (threadIdx.x < kWarpSize) {
+            Grad::load(p, ring, tiles, queue, shared);
         }
     } else {
         ptx::setmaxnreg_increase<kBudget.consumer>();
-        Grad::multiply(p, ring, shared);
+        Grad::multiply(p, ring, tiles, queue, shared);
     }
 }
 

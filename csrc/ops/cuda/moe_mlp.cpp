@@ -95,23 +95,18 @@ MoeMlpGrads moe_mlp_backward_cuda(const at::Tensor& grad_, const at::Tensor& x, 
     if (need_b_down) grad_b_down = cuda::bias_gradient(kOp, grad_rows, compute_gates, groups);
     if (need_z || need_w_down || need_gates) {
         const at::Tensor z = z_.contiguous();
-        const at::Tensor grad_hidden = cuda::grouped_product(
-            kOp, grad_rows, {w_down, /*transposed=*/true}, /*bias=*/std::nullopt, groups.grouped(), groups, allow_tf32);
         if (need_z) grad_z = kOverZ ? z : at::empty_like(z);
         if (need_gates) grad_gates = at::empty(gates.sizes(), compute_gates.options());
         const at::Tensor bias = has_value(b_down) ? b_down->contiguous() : at::Tensor();
         kernels::ActivationBackwardParams p;
         p.dtype = cuda::kernel_dtype(grad.scalar_type());
         p.activation = parse_activation_params(kOp, activation, glu_layout, alpha, limit);
-        p.grad_hidden = grad_hidden.const_data_ptr();
         p.z = z.const_data_ptr();
         p.gates = compute_gates.const_data_ptr();
         p.slot_order = groups.slot_order.const_data_ptr<int32_t>();
         p.expert_offsets = groups.expert_offsets.const_data_ptr<int32_t>();
         p.num_experts = cuda::size_32(kOp, "the number of experts", groups.num_experts());
         p.grad_z = need_z ? grad_z.mutable_data_ptr() : nullptr;
-        // g A takes the place of dA'.
-        p.gated_hidden = need_w_down ? grad_hidden.mutable_data_ptr() : nullptr;
         p.grad_gates = need_gates ? grad_gates.mutable_data_ptr() : nullptr;
         p.num_slots = groups.num_slots();
         p.width = w_down.size(2);
@@ -119,12 +114,12 @@ MoeMlpGrads moe_mlp_backward_cuda(const at::Tensor& grad_, const at::Tensor& x, 
         p.bias = cuda::data_or_null(bias);
         p.top_k = cuda::size_32(kOp, "slot_position.size(1)", top_k);
         p.out_features = grad.size(1);
-        cuda::check_launch(kOp, kernels::activation_backward(p, cuda::current_stream()),
-                           {{"grad", grad}, {"z", z}, {"w_down", w_down}});
+        const at::Tensor gated_hidden =
+            cuda::down_projection_backward(kOp, grad_rows, w_down, p, need_w_down, groups, allow_tf32);
         if (need_gates) grad_gates = cuda::to_dtype(grad_gates, gates.scalar_type());
         if (need_w_down) {
             grad_w_down = at::empty_like(w_down);
-            cuda::weight_gradient(kOp, grad_rows, {grad_hidden, groups.grouped()}, grad_w_down, groups, allow_tf32);
+            cuda::weight_gradient(kOp, grad_rows, {gated_hidden, groups.grouped()}, grad_w_down, groups, allow_tf32);
         }
     }
     if (need_b_up) grad_b_up = cuda::bias_gradient(kOp, {grad_z, groups.grouped()}, /*gates=*/at::Tensor(), groups);

@@ -2,12 +2,21 @@
 
 #include "../../kernels/bias_grad.h"
 #include "../../kernels/combine.h"
+#include "../../kernels/down_projection.h"
 #include "../../kernels/up_projection.h"
 
 namespace scattermoe::cuda {
 
 kernels::RowMap Groups::by_token(int64_t top_k) const {
     return {slot_order.const_data_ptr<int32_t>(), kernels::FastDivider(static_cast<int32_t>(top_k))};
+}
+
+int32_t* Groups::next_counter() const {
+    if (!counters_.defined() || used_counters_ == counters_.size(0)) {
+        counters_ = at::zeros({4}, slot_order.options());
+        used_counters_ = 0;
+    }
+    return counters_.data_ptr<int32_t>() + used_counters_++;
 }
 
 namespace {
@@ -55,6 +64,7 @@ Product make_product(const char* op, const MappedRows& rows, const ProductWeight
     p.num_slots = size_32(op, "the number of slots", groups.num_slots());
     p.n = size_32(op, "the columns of a product", w.size(n_dim));
     p.k = size_32(op, "the columns of a product's rows", w.size(k_dim));
+    if (kernels::counts_tiles(p)) p.tile_counter = groups.next_counter();
     return product;
 }
 
@@ -86,6 +96,29 @@ UpProjection up_projection(const char* op, const MappedRows& rows, const Product
     check_launch(op, kernels::up_projection(p, current_stream()),
                  {{"rows", product.in}, {"weight", product.weight}, {"hidden", result.hidden}});
     return result;
+}
+
+at::Tensor down_projection_backward(const char* op, const MappedRows& grad_rows, const at::Tensor& weight,
+                                    const kernels::ActivationBackwardParams& activation, bool want_gated_hidden,
+                                    const Groups& groups, bool allow_tf32) {
+    const Product product =
+        make_product(op, grad_rows, {weight, /*transposed=*/true}, /*bias=*/std::nullopt, groups, allow_tf32);
+    kernels::DownProjectionBackwardParams p{product.params, activation};
+    const bool fused = kernels::down_projection_backward_is_fused(p);
+    at::Tensor hidden, partials;
+    if (want_gated_hidden || !fused) {
+        hidden = at::empty({groups.num_slots(), product.params.n}, product.in.options());
+        if (!fused) p.gemm.out = hidden.mutable_data_ptr();
+        // g A takes the place of dA', element by element.
+        if (want_gated_hidden) p.activation.gated_hidden = hidden.mutable_data_ptr();
+    }
+    if (const int32_t parts = kernels::gate_parts(p); parts > 0) {
+        partials = at::empty({parts, groups.num_slots()}, product.in.options().dtype(at::kFloat));
+        p.gate_partials = partials.mutable_data_ptr<float>();
+    }
+    check_launch(op, kernels::down_projection_backward(p, current_stream()),
+                 {{"grad", product.in}, {"w_down", product.weight}});
+    return hidden;
 }
 
 void weight_gradient(const char* op, const MappedRows& left, const MappedRows& right, const at::Tensor& out,
@@ -120,6 +153,7 @@ void weight_gradient(const char* op, const MappedRows& left, const MappedRows& r
     p.num_slots = size_32(op, "the number of slots", groups.num_slots());
     p.m = size_32(op, "weight.size(1)", out.size(1));
     p.n = size_32(op, "weight.size(2)", out.size(2));
+    if (kernels::counts_tiles(p)) p.tile_counter = groups.next_counter();
     check_launch(op, kernels::weight_grad(p, current_stream()), {{"left", l}, {"right", r}, {"out", out}});
 }
 

@@ -6,7 +6,7 @@
 
 #include <optional>
 
-#include "../../kernels/activation.h"
+#include "../../kernels/activation_kernels.h"
 #include "../../kernels/grouped_gemm.h"
 #include "support.h"
 
@@ -20,12 +20,19 @@ struct Groups {
     Groups(const at::Tensor& order, const at::Tensor& offsets)
         : slot_order(order.contiguous()), expert_offsets(offsets.contiguous()) {}
 
+    // A zero for one launch, on the device.
+    int32_t* next_counter() const;
+
     int64_t num_slots() const { return slot_order.size(0); }
     int64_t num_experts() const { return expert_offsets.size(0) - 1; }
 
     kernels::RowMap grouped() const { return {}; }
     kernels::RowMap by_slot() const { return by_token(1); }
     kernels::RowMap by_token(int64_t top_k) const;
+
+  private:
+    mutable at::Tensor counters_;
+    mutable int64_t used_counters_ = 0;
 };
 
 // A matrix whose rows belong to grouped positions through a map.
@@ -59,6 +66,12 @@ struct UpProjection {
 UpProjection up_projection(const char* op, const MappedRows& rows, const ProductWeight& weight,
                            const std::optional<at::Tensor>& bias, int64_t width, const ActivationParams& activation,
                            const Groups& groups, bool allow_tf32, bool want_z);
+
+// The backward through y = act(z) weight^T + bias, weight [E, H, width] with any strides, all in `activation` but its
+// grad_hidden and gated_hidden. Returns gated_hidden [S, width]; it means nothing where it was not wanted.
+at::Tensor down_projection_backward(const char* op, const MappedRows& grad_rows, const at::Tensor& weight,
+                                    const kernels::ActivationBackwardParams& activation, bool want_gated_hidden,
+                                    const Groups& groups, bool allow_tf32);
 
 // out[e] = sum over the positions of e of left[position]^T right[position], into a tensor [E, m, n] of any strides.
 void weight_gradient(const char* op, const MappedRows& left, const MappedRows& right, const at::Tensor& out,
