@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -120,6 +121,18 @@ def test_current_stream_is_honoured(dtype: torch.dtype) -> None:
         found = layer.step()
     stream.synchronize()
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_thread_without_a_context(dtype: torch.dtype) -> None:
+    """The first CUDA call of a thread may be a launch of ours, where its memory comes from the allocator's cache."""
+    x, weight = make((512, 64), dtype, 1).to(CUDA), make((2, 64, 64), dtype, 2).to(CUDA)
+    routing = scattermoe.route(make_ids(512, 1, 2, "uniform", 3).to(CUDA), 2)
+    expected = scattermoe.parallel_linear(x, weight, routing)
+    scattermoe.parallel_linear(x, weight, routing)  # leaves its output in the cache
+    with ThreadPoolExecutor(1) as fresh:
+        result = fresh.submit(torch.inference_mode()(scattermoe.parallel_linear), x, weight, routing).result()
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
