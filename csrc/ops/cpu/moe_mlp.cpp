@@ -11,6 +11,7 @@
 #include "activation.h"
 #include "expert_schedule.h"
 #include "grouping.h"
+#include "matmul.h"
 #include "memory.h"
 #include "row_kernels.h"
 #include "rows.h"

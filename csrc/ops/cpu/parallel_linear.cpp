@@ -5,6 +5,7 @@
 #include "../checks.h"
 #include "expert_schedule.h"
 #include "grouping.h"
+#include "matmul.h"
 #include "memory.h"
 #include "rows.h"
 

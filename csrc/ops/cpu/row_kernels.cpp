@@ -22,36 +22,6 @@ SCATTERMOE_INLINE T round_to(Compute<T> x) {
     }
 }
 
-// Loops over the activation vectorise for float and double. Rows of a 16-bit type go through them in pieces of this
-// many columns, widened to float on the stack.
-constexpr int64_t kPiece = 256;
-
-template <typename T>
-SCATTERMOE_INLINE void widen(float* y, const T* x, int64_t count) {
-    for (int64_t i = 0; i < count; ++i)
-        y[i] = static_cast<float>(x[i]);
-}
-
-template <typename T>
-SCATTERMOE_INLINE void narrow(T* y, const float* x, int64_t count) {
-    for (int64_t i = 0; i < count; ++i)
-        y[i] = round_to<T>(x[i]);
-}
-
-// Calls f(piece, row, count) for the runs of pre-activation columns that belong to the hidden columns [begin, begin +
-// count): where they start in a piece of `count` hidden columns and in the whole row. A piece has the row's layout.
-template <Activation A, typename F>
-SCATTERMOE_INLINE void for_each_run(GluLayout layout, int64_t begin, int64_t count, int64_t hidden, F&& f) {
-    if constexpr (!is_gated(A)) {
-        f(0, begin, count);
-    } else if (layout == GluLayout::kInterleaved) {
-        f(0, 2 * begin, 2 * count);
-    } else {
-        f(0, begin, count);
-        f(count, hidden + begin, count);
-    }
-}
-
 // Columns of the gate and up halves of a pre-activation row: base pointer offsets and the distance between neighbours.
 struct GluColumns {
     int64_t gate;
@@ -124,19 +94,6 @@ SCATTERMOE_INLINE void forward_loop(const ActivationParams& params, T* h, const 
     }
 }
 
-template <Activation A, typename T>
-SCATTERMOE_INLINE void forward_in_pieces(const ActivationParams& params, T* h, const T* z, int64_t hidden) {
-    float z_piece[2 * kPiece], h_piece[kPiece];
-    for (int64_t begin = 0; begin < hidden; begin += kPiece) {
-        const int64_t count = std::min(kPiece, hidden - begin);
-        for_each_run<A>(params.layout, begin, count, hidden,
-                        [&](int64_t piece, int64_t row, int64_t length)
-                            __attribute__((always_inline)) { widen<T>(z_piece + piece, z + row, length); });
-        forward_loop<A, float>(params, h_piece, z_piece, count);
-        narrow<T>(h + begin, h_piece, count);
-    }
-}
-
 template <Activation A, int64_t kStride, bool kWriteH, typename T>
 SCATTERMOE_INLINE Compute<T> gated_backward_loop(T* dgate, T* dup, T* gated_h, const T* gate, const T* up, const T* dh,
                                                  Compute<T> slot_gate, Compute<T> alpha, Compute<T> limit,
@@ -183,84 +140,28 @@ SCATTERMOE_INLINE Compute<T> backward_loop(const ActivationParams& params, T* dz
     }
 }
 
-template <Activation A, bool kWriteH, typename T>
-SCATTERMOE_INLINE float backward_in_pieces(const ActivationParams& params, T* dz, T* gated_h, const T* z, const T* dh,
-                                           float slot_gate, int64_t hidden) {
-    float z_piece[2 * kPiece], dz_piece[2 * kPiece], dh_piece[kPiece], h_piece[kPiece];
-    float sum = 0;
-    for (int64_t begin = 0; begin < hidden; begin += kPiece) {
-        const int64_t count = std::min(kPiece, hidden - begin);
-        for_each_run<A>(params.layout, begin, count, hidden,
-                        [&](int64_t piece, int64_t row, int64_t length)
-                            __attribute__((always_inline)) { widen<T>(z_piece + piece, z + row, length); });
-        widen<T>(dh_piece, dh + begin, count);
-        sum += backward_loop<A, kWriteH, float>(params, dz_piece, h_piece, z_piece, dh_piece, slot_gate, count);
-        for_each_run<A>(params.layout, begin, count, hidden,
-                        [&](int64_t piece, int64_t row, int64_t length)
-                            __attribute__((always_inline)) { narrow<T>(dz + row, dz_piece + piece, length); });
-        if constexpr (kWriteH) narrow<T>(gated_h + begin, h_piece, count);
-    }
-    return sum;
-}
-
-template <Activation A, typename T>
-SCATTERMOE_INLINE void forward_row(const ActivationParams& params, T* h, const T* z, int64_t hidden) {
-    if constexpr (sizeof(T) == 2) {
-        forward_in_pieces<A, T>(params, h, z, hidden);
-    } else {
-        forward_loop<A, T>(params, h, z, hidden);
-    }
-}
-
-template <Activation A, bool kWriteH, typename T>
-SCATTERMOE_INLINE Compute<T> backward_row(const ActivationParams& params, T* dz, T* gated_h, const T* z, const T* dh,
-                                          Compute<T> slot_gate, int64_t hidden) {
-    if constexpr (sizeof(T) == 2) {
-        return backward_in_pieces<A, kWriteH, T>(params, dz, gated_h, z, dh, slot_gate, hidden);
-    } else {
-        return backward_loop<A, kWriteH, T>(params, dz, gated_h, z, dh, slot_gate, hidden);
-    }
-}
-
 }  // namespace
 
 // target_clones takes plain functions, so each dtype's specialisation is spelled out around the inlined loops.
-#define SCATTERMOE_ROW_KERNELS(T)                                                                                      \
-    template <>                                                                                                        \
-    SCATTERMOE_SIMD_CLONES void weighted_sum<T>(Compute<T> * sum, const T* const* rows, const Compute<T>* scales,      \
-                                                int64_t num_rows, int64_t width) {                                     \
-        weighted_sum_loop<T>(sum, rows, scales, num_rows, width);                                                      \
-    }                                                                                                                  \
-    template <>                                                                                                        \
-    SCATTERMOE_SIMD_CLONES void round_row<T>(T * y, const Compute<T>* x, int64_t width) {                              \
-        for (int64_t c = 0; c < width; ++c)                                                                            \
-            y[c] = round_to<T>(x[c]);                                                                                  \
-    }                                                                                                                  \
-    template <>                                                                                                        \
-    SCATTERMOE_SIMD_CLONES void scale_row<T>(T * y, const T* x, Compute<T> scale, int64_t width) {                     \
-        for (int64_t c = 0; c < width; ++c)                                                                            \
-            y[c] = round_to<T>(scale * static_cast<Compute<T>>(x[c]));                                                 \
-    }                                                                                                                  \
-    template <>                                                                                                        \
-    SCATTERMOE_SIMD_CLONES Compute<T> dot<T>(const T* a, const T* b, int64_t width) {                                  \
-        return dot_loop<T>(a, b, width);                                                                               \
-    }                                                                                                                  \
-    template <>                                                                                                        \
-    SCATTERMOE_SIMD_CLONES void activation_forward<T>(const ActivationParams& params, T* h, const T* z,                \
-                                                      int64_t hidden) {                                                \
-        dispatch_activation(params.activation, [&](auto a) __attribute__((always_inline)) {                            \
-            forward_row<decltype(a)::value, T>(params, h, z, hidden);                                                  \
-        });                                                                                                            \
-    }                                                                                                                  \
-    template <>                                                                                                        \
-    SCATTERMOE_SIMD_CLONES Compute<T> activation_backward<T>(                                                          \
-        const ActivationParams& params, T* dz, T* gated_h, const T* z, const T* dh, Compute<T> gate, int64_t hidden) { \
-        Compute<T> dgate = 0;                                                                                          \
-        dispatch_activation(params.activation, [&](auto a) __attribute__((always_inline)) {                            \
-            dgate = gated_h ? backward_row<decltype(a)::value, true, T>(params, dz, gated_h, z, dh, gate, hidden)      \
-                            : backward_row<decltype(a)::value, false, T>(params, dz, gated_h, z, dh, gate, hidden);    \
-        });                                                                                                            \
-        return dgate;                                                                                                  \
+#define SCATTERMOE_ROW_KERNELS(T)                                                                                 \
+    template <>                                                                                                   \
+    SCATTERMOE_SIMD_CLONES void weighted_sum<T>(Compute<T> * sum, const T* const* rows, const Compute<T>* scales, \
+                                                int64_t num_rows, int64_t width) {                                \
+        weighted_sum_loop<T>(sum, rows, scales, num_rows, width);                                                 \
+    }                                                                                                             \
+    template <>                                                                                                   \
+    SCATTERMOE_SIMD_CLONES void round_row<T>(T * y, const Compute<T>* x, int64_t width) {                         \
+        for (int64_t c = 0; c < width; ++c)                                                                       \
+            y[c] = round_to<T>(x[c]);                                                                             \
+    }                                                                                                             \
+    template <>                                                                                                   \
+    SCATTERMOE_SIMD_CLONES void scale_row<T>(T * y, const T* x, Compute<T> scale, int64_t width) {                \
+        for (int64_t c = 0; c < width; ++c)                                                                       \
+            y[c] = round_to<T>(scale * static_cast<Compute<T>>(x[c]));                                            \
+    }                                                                                                             \
+    template <>                                                                                                   \
+    SCATTERMOE_SIMD_CLONES Compute<T> dot<T>(const T* a, const T* b, int64_t width) {                             \
+        return dot_loop<T>(a, b, width);                                                                          \
     }
 
 SCATTERMOE_ROW_KERNELS(double)
@@ -269,5 +170,100 @@ SCATTERMOE_ROW_KERNELS(c10::BFloat16)
 SCATTERMOE_ROW_KERNELS(c10::Half)
 
 #undef SCATTERMOE_ROW_KERNELS
+
+#define SCATTERMOE_ACTIVATION_KERNELS(T)                                                                             \
+    template <>                                                                                                      \
+    SCATTERMOE_SIMD_CLONES void activation_forward<T>(const ActivationParams& params, T* h, const T* z,              \
+                                                      int64_t hidden) {                                              \
+        dispatch_activation(params.activation, [&](auto a) __attribute__((always_inline)) {                          \
+            forward_loop<decltype(a)::value, T>(params, h, z, hidden);                                               \
+        });                                                                                                          \
+    }                                                                                                                \
+    template <>                                                                                                      \
+    SCATTERMOE_SIMD_CLONES T activation_backward<T>(const ActivationParams& params, T* dz, T* gated_h, const T* z,   \
+                                                    const T* dh, T gate, int64_t hidden) {                           \
+        T dgate = 0;                                                                                                 \
+        dispatch_activation(params.activation, [&](auto a) __attribute__((always_inline)) {                          \
+            dgate = gated_h ? backward_loop<decltype(a)::value, true, T>(params, dz, gated_h, z, dh, gate, hidden)   \
+                            : backward_loop<decltype(a)::value, false, T>(params, dz, gated_h, z, dh, gate, hidden); \
+        });                                                                                                          \
+        return dgate;                                                                                                \
+    }
+
+SCATTERMOE_ACTIVATION_KERNELS(double)
+SCATTERMOE_ACTIVATION_KERNELS(float)
+
+#undef SCATTERMOE_ACTIVATION_KERNELS
+
+namespace {
+
+// Rows of a 16-bit type go through the activations of float in pieces of this many columns, widened on the stack: one
+// set of loops to compile, which vectorises.
+constexpr int64_t kPiece = 256;
+
+// Calls f(piece, row, count) for the runs of pre-activation columns that belong to the hidden columns [begin, begin +
+// count): where they start in a piece of `count` hidden columns and in the whole row. A piece has the row's layout.
+template <typename F>
+void for_each_run(const ActivationParams& params, int64_t begin, int64_t count, int64_t hidden, const F& f) {
+    if (!is_gated(params.activation)) {
+        f(0, begin, count);
+    } else if (params.layout == GluLayout::kInterleaved) {
+        f(0, 2 * begin, 2 * count);
+    } else {
+        f(0, begin, count);
+        f(count, hidden + begin, count);
+    }
+}
+
+}  // namespace
+
+template <typename T>
+void activation_forward(const ActivationParams& params, T* h, const T* z, int64_t hidden) {
+    float z_piece[2 * kPiece], h_piece[kPiece];
+    for (int64_t begin = 0; begin < hidden; begin += kPiece) {
+        const int64_t count = std::min(kPiece, hidden - begin);
+        for_each_run(params, begin, count, hidden, [&](int64_t piece, int64_t row, int64_t length) {
+            widen_row<T>(z_piece + piece, z + row, length);
+        });
+        activation_forward<float>(params, h_piece, z_piece, count);
+        round_row<T>(h + begin, h_piece, count);
+    }
+}
+
+template <typename T>
+Compute<T> activation_backward(const ActivationParams& params, T* dz, T* gated_h, const T* z, const T* dh,
+                               Compute<T> gate, int64_t hidden) {
+    float z_piece[2 * kPiece], dz_piece[2 * kPiece], dh_piece[kPiece], h_piece[kPiece];
+    float dgate = 0;
+    for (int64_t begin = 0; begin < hidden; begin += kPiece) {
+        const int64_t count = std::min(kPiece, hidden - begin);
+        for_each_run(params, begin, count, hidden, [&](int64_t piece, int64_t row, int64_t length) {
+            widen_row<T>(z_piece + piece, z + row, length);
+        });
+        widen_row<T>(dh_piece, dh + begin, count);
+        dgate +=
+            activation_backward<float>(params, dz_piece, gated_h ? h_piece : nullptr, z_piece, dh_piece, gate, count);
+        for_each_run(params, begin, count, hidden, [&](int64_t piece, int64_t row, int64_t length) {
+            round_row<T>(dz + row, dz_piece + piece, length);
+        });
+        if (gated_h) round_row<T>(gated_h + begin, h_piece, count);
+    }
+    return dgate;
+}
+
+#define SCATTERMOE_16_BIT_KERNELS(T)                                                                                  \
+    template <>                                                                                                       \
+    SCATTERMOE_SIMD_CLONES void widen_row<T>(float* y, const T* x, int64_t width) {                                   \
+        for (int64_t c = 0; c < width; ++c)                                                                           \
+            y[c] = static_cast<float>(x[c]);                                                                          \
+    }                                                                                                                 \
+    template void activation_forward<T>(const ActivationParams& params, T* h, const T* z, int64_t hidden);            \
+    template float activation_backward<T>(const ActivationParams& params, T* dz, T* gated_h, const T* z, const T* dh, \
+                                          float gate, int64_t hidden);
+
+SCATTERMOE_16_BIT_KERNELS(c10::BFloat16)
+SCATTERMOE_16_BIT_KERNELS(c10::Half)
+
+#undef SCATTERMOE_16_BIT_KERNELS
 
 }  // namespace scattermoe::cpu

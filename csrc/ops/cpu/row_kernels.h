@@ -24,6 +24,10 @@ void weighted_sum(Compute<T>* sum, const T* const* rows, const Compute<T>* scale
 template <typename T>
 void round_row(T* y, const Compute<T>* x, int64_t width);
 
+// y[c] = x[c], for a T of 16 bits.
+template <typename T>
+void widen_row(float* y, const T* x, int64_t width);
+
 // y[c] = scale * x[c]
 template <typename T>
 void scale_row(T* y, const T* x, Compute<T> scale, int64_t width);

@@ -64,12 +64,4 @@ void zero_rows(const at::Tensor& out, const int32_t* slots, int64_t count) {
     for_each_row(count, size, [&](int64_t i) { std::memset(destination + slots[i] * size, 0, size); });
 }
 
-void matmul(at::Tensor out, const at::Tensor& a, const at::Tensor& b, const std::optional<at::Tensor>& bias) {
-    if (bias.has_value()) {
-        at::addmm_out(out, *bias, a, b);
-    } else {
-        at::mm_out(out, a, b);
-    }
-}
-
 }  // namespace scattermoe::cpu

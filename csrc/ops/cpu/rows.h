@@ -2,8 +2,6 @@
 
 #include <ATen/ATen.h>
 
-#include <optional>
-
 namespace scattermoe::cpu {
 
 // x itself where its rows are contiguous in memory, else a copy.
@@ -17,9 +15,5 @@ void scatter_rows(const at::Tensor& out, const at::Tensor& rows, const int32_t* 
 
 // out[slots[i]] = 0 for i in [0, count)
 void zero_rows(const at::Tensor& out, const int32_t* slots, int64_t count);
-
-// out = a b (+ bias), written in place
-void matmul(at::Tensor out, const at::Tensor& a, const at::Tensor& b,
-            const std::optional<at::Tensor>& bias = std::nullopt);
 
 }  // namespace scattermoe::cpu
