@@ -158,9 +158,11 @@ class Launches {
     }
 
     void cpu_product(const char* step) {
-        add(step, "ATen matrix product",
-            "one for each expert, experts side by side on threads; the largest run alone with all threads where the "
-            "others would wait for them");
+        const bool own = query_.dtype == kernels::DType::kFloat32;
+        add(step, own ? "gemm_avx512 or ATen matrix product" : "ATen matrix product",
+            std::string("one for each expert, experts side by side on threads; the largest run alone with all threads "
+                        "where the others would wait for them") +
+                (own ? "; ATen's without AVX-512 and where threads share a product" : ""));
     }
 
     void portable(const char* step, const char* kernel, const kernels::GemmChoice& choice, const char* more = "") {
