@@ -1,4 +1,4 @@
-"""The GPU benchmark's harness: everything of it that needs no GPU."""
+"""The benchmarks' harness: everything of it that needs no GPU."""
 
 import json
 import os
@@ -113,3 +113,28 @@ def test_run_and_page(tmp_path):
 def test_without_a_gpu():
     done = run_gpu_benchmark("--shapes", "mixtral")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "needs a CUDA GPU" in done.stderr
+
+
+def test_cpu_benchmark(monkeypatch):
+    """One small case, and that a wrong candidate stops it."""
+    pytest.importorskip("transformers")
+    import cpu
+
+    # Sizes that the child processes know, in which peaks are measured, take seconds.
+    monkeypatch.setitem(cpu.LAYERS, "tiny", cpu.Layer(64, 32, 4, 2))
+    monkeypatch.setattr(cpu, "measure_memory_apart", lambda name, *_: 1.0 + cpu.CANDIDATES.index(name))
+    case = cpu.run_case("tiny", 200, "float32", rounds=2, threads=1)
+    milliseconds = {name: result["median_ms"] for name, result in case["candidates"].items()}
+    faster = min(milliseconds["eager"], milliseconds["grouped_mm"])
+    assert case["speedup_over_faster"] == pytest.approx(faster / milliseconds["scattermoe"], abs=1e-2)
+    assert 0 < case["lowest_speedup"] <= 1.2 * case["speedup_over_faster"]
+    assert case["scattermoe_gflops"] == pytest.approx(
+        18 * 200 * 2 * 64 * 32 / milliseconds["scattermoe"] / 1e6, abs=0.06
+    )
+    page = cpu.page([case], {"command": "python benchmarks/cpu.py", "threads": 1}, 2)
+    assert "| 4, 2, 64, 32 " in page and "- threads: 1\n" in page
+
+    right = cpu.make_step
+    monkeypatch.setattr(cpu, "make_step", lambda name, p: lambda: right(name, p)() * (1.01 if name == "eager" else 1))
+    with pytest.raises(AssertionError, match="eager: expected a row error"):
+        cpu.run_case("tiny", 200, "float32", rounds=1, threads=1)
