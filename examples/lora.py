@@ -30,8 +30,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--base", type=Path, metavar="CHECKPOINT", help="of examples/train.py (a small model, trained now)"
     )
-    parser.add_argument("--base-steps", type=int, default=150, help="to train that small model for (%(default)s)")
-    parser.add_argument("--steps", type=int, default=150, help="to train the adapters for (%(default)s)")
+    parser.add_argument("--base-steps", type=int, default=100, help="to train that small model for (%(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="to train the adapters for (%(default)s)")
     parser.add_argument("--rank", type=int, default=8, help="of the adapters (%(default)s)")
     parser.add_argument("--dropout", type=float, default=0.0, help="in front of the adapters (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")

@@ -12,6 +12,7 @@ transpose or rename weights as long as its state dict is the original's.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -264,13 +265,18 @@ def assert_same_training_step(
 ) -> Step:
     """Logits, loss and every gradient agree; returns the swapped model's step, for its calls of the library's operators.
 
-    Models in float32 must agree with each other. In half precision, or under autocast, both are compared with the same
-    weights in float32, and the swapped model may hardly be further away than the other one is.
+    Models in float32 must agree with each other, to the bound of their size or to what each may be away from float64. In half
+    precision, or under autocast, both are compared with the same weights in float32, and the swapped model may hardly be
+    further away than the other one is.
     """
     if autocast is None and model.dtype == torch.float32:
         want, got = training_step(model, inputs), training_step(swapped, inputs)
         limit = model_bound(model.config.hidden_size, model.config.num_hidden_layers)
         errors = {key: (error, limit) for key, error in _errors(got, want).items()}
+        if any(error > limit for error, limit in errors.values()):
+            # Some parameters' gradients are nearly cancelling sums, and differ more between any two right models.
+            peers = _own_errors(model, inputs)
+            errors = {key: (error, max(limit, 2.0 * peers[key])) for key, (error, limit) in errors.items()}
     else:
         routing = Routing()
         with routing:
@@ -289,6 +295,20 @@ def assert_same_training_step(
     assert want.gradients.keys() == got.gradients.keys()
     assert not want.calls.seen and got.calls.seen, "the library's operators run in the swapped model, and there alone"
     return got
+
+
+def _own_errors(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, float]:
+    """How far a float32 model is from its own weights in float64, with the same experts chosen."""
+    # Padding goes behind the tokens: attention in float64 makes NaN of queries that see nothing.
+    order = inputs["attention_mask"].argsort(dim=1, descending=True, stable=True)
+    inputs = {key: value.gather(1, order) for key, value in inputs.items()}
+    routing = Routing()
+    with routing:
+        exact = training_step(copy.deepcopy(model).double(), inputs)
+        routing.replay()
+        errors = _errors(training_step(model, inputs), exact)
+    assert all(map(math.isfinite, errors.values())), errors
+    return errors
 
 
 def _errors(step: Step, reference: Step) -> dict[str, float]:

@@ -228,11 +228,13 @@ def assignment_by_lists(moe: MoE, x: Tensor, mask: Tensor | None) -> list[dict[i
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_layer(device: str, strategy: str, masked: bool) -> None:
-    moe = MoE(6, 5, 5, 2, device=device, dtype=torch.float64, init_std=0.5, **STRATEGIES[strategy])
+    # Drawn on the CPU: the same tokens are dropped on every device.
+    moe = MoE(6, 5, 5, 2, dtype=torch.float64, init_std=0.5, **STRATEGIES[strategy])
     if moe.gate.e_score_correction_bias is not None:
         moe.gate.e_score_correction_bias.normal_(std=0.2)
-    x = torch.randn(3, 9, 6, device=device, dtype=torch.float64, requires_grad=True)
-    mask = torch.rand(3, 9, device=device) < 0.7 if masked else None
+    moe.to(device)
+    x = torch.randn(3, 9, 6, dtype=torch.float64).to(device).requires_grad_()
+    mask = (torch.rand(3, 9) < 0.7).to(device) if masked else None
     y, aux = moe(x, mask)
     tokens = assignment_by_lists(moe, x.view(27, 6), None if mask is None else mask.flatten())
     up, down = moe.experts.gate_up_proj, moe.experts.down_proj
@@ -306,8 +308,9 @@ def test_few_tokens(device: str, strategy: str, tokens: int) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_nan_tokens_stay_nan_and_alone(device: str, strategy: str) -> None:
     """A token of NaN may take places, but its NaN reaches no other token."""
-    moe = MoE(6, 5, 5, 2, device=device, **STRATEGIES[strategy])
-    x = torch.randn(20, 6, device=device)
+    # Drawn on the CPU: the token keeps its places on every device.
+    moe = MoE(6, 5, 5, 2, **STRATEGIES[strategy]).to(device)
+    x = torch.randn(20, 6).to(device)
     x[7] = math.nan
     y = moe(x)[0]
     others = torch.arange(20, device=device) != 7
