@@ -68,7 +68,8 @@ std::tuple<at::Tensor, at::Tensor> combine_backward_cpu(const at::Tensor& grad, 
                                                         const at::Tensor& slot_order, const at::Tensor& slot_position,
                                                         bool grouped, std::array<bool, 2> output_mask) {
     check_combine_backward(grad, rows, gates, slot_order, slot_position, output_mask);
-    const auto [need_rows, need_gates] = output_mask;
+    // Not a structured binding: Clang before 16 captures none in a lambda.
+    const bool need_rows = output_mask[0], need_gates = output_mask[1];
     const at::Tensor positions = cpu::checked_slot_position("_combine_backward", slot_position);
     const at::Tensor grad_ = cpu::with_contiguous_rows(grad);
     const at::Tensor rows_ = need_gates ? cpu::with_contiguous_rows(rows) : rows;

@@ -133,7 +133,10 @@ MoeMlpGrads moe_mlp_backward_cpu(const at::Tensor& grad, const at::Tensor& x, co
     const int64_t in_features = w_up.size(2), z_features = w_up.size(1);
     const int64_t hidden = w_down.size(2), out_features = w_down.size(1);
     const auto options = grad.options();
-    const auto [need_x, need_w_up, need_b_up, need_w_down, need_b_down, need_gates] = output_mask;
+    // Not a structured binding: Clang before 16 captures none in a lambda.
+    const bool need_x = output_mask[kGradX], need_gates = output_mask[kGradGates];
+    const bool need_w_up = output_mask[kGradWUp], need_b_up = output_mask[kGradBUp];
+    const bool need_w_down = output_mask[kGradWDown], need_b_down = output_mask[kGradBDown];
 
     const at::Tensor grad_ = cpu::with_contiguous_rows(grad);
     const at::Tensor x_ = need_w_up ? cpu::with_contiguous_rows(x) : x;

@@ -59,7 +59,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> parallel_linear_backward_cpu(
     const int64_t slots_per_row = top_k.expect_int();
     const int64_t in_features = weight.size(2), out_features = weight.size(1);
     const auto options = grad.options();
-    const auto [need_x, need_weight, need_bias] = output_mask;
+    // Not a structured binding: Clang before 16 captures none in a lambda.
+    const bool need_x = output_mask[0], need_weight = output_mask[1], need_bias = output_mask[2];
 
     const at::Tensor grad_rows = grouped_out ? grad : cpu::with_contiguous_rows(grad);
     const at::Tensor x_rows = !need_weight || grouped_in ? x : cpu::with_contiguous_rows(x);
