@@ -3,7 +3,7 @@
 The base model learns the Python standard library's own source; the adapters then teach it to read and write the same source
 in capitals. At the end the merged model computes what the adapted one did, and the unmerged one what the base did.
 
-    python examples/lora.py                                    # about a minute on two cores; uses a GPU if there is one
+    python examples/lora.py                                    # under a minute on two cores; uses a GPU if there is one
     python examples/lora.py --base runs/default/checkpoint.pt  # on a model that examples/train.py has trained
     python examples/lora.py --rank 16 --save adapters.pt
 """
