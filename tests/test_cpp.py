@@ -3,6 +3,7 @@
 Compiling against PyTorch's headers is slow, so each test builds its programs once and looks at all of them.
 """
 
+import mmap
 import os
 import re
 import shutil
@@ -87,9 +88,14 @@ def test_commands_of_the_page(tmp_path: Path) -> None:
     """The commands of docs/cpp.md in their order, and what the example programs print and write."""
     shutil.copytree(ROOT / "examples" / "cpp", tmp_path / "examples" / "cpp")
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "cpp.md").read_text(), re.DOTALL)
-    printed = {
-        command: run_checked("bash", "-ec", command, cwd=tmp_path) for block in blocks for command in block.splitlines()
-    }
+    commands = [command for block in blocks for command in block.splitlines()]
+    forms = ["aoti", "export", "trace"]
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as symbols:
+        if symbols.find(b"torch8nativert17ModelRunnerHandle") < 0:
+            commands = [command for command in commands if "/layer.pt2 " not in command]
+            forms.remove("export")
+    printed = {command: run_checked("bash", "-ec", command, cwd=tmp_path) for command in commands}
 
     rows = [[float(number) for number in line.split()] for line in printed["build/cpp/train"].splitlines()[1:]]
     losses = [row[1] for row in rows]
@@ -99,5 +105,5 @@ def test_commands_of_the_page(tmp_path: Path) -> None:
 
     layer = tmp_path / "build" / "cpp" / "layer"
     expected = torch.load(layer / "expected.pt")
-    for form in ("aoti", "export", "trace"):
+    for form in forms:
         torch.testing.assert_close(torch.load(layer / f"y_{form}.pt"), expected)

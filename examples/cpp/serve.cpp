@@ -10,7 +10,9 @@
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/serialization/import.h>
 #include <torch/csrc/jit/serialization/pickle.h>
+#ifdef TORCH_RUNS_EXPORTED_PROGRAMS
 #include <torch/nativert/ModelRunnerHandle.h>
+#endif
 
 #include <cstdio>
 #include <fstream>
@@ -36,7 +38,11 @@ at::Tensor run(const std::string& model, const at::Tensor& x) {
         return torch::inductor::AOTIModelPackageLoader(model).run({x}).at(0);
     }
     if (model.ends_with(".pt2")) {
+#ifdef TORCH_RUNS_EXPORTED_PROGRAMS
         return torch::nativert::ModelRunnerHandle(model, "model").run({x}, {}).toTensor();
+#else
+        TORCH_CHECK(false, "this PyTorch does not export torch::nativert::ModelRunnerHandle, which runs ", model);
+#endif
     }
     return torch::jit::load(model).forward({x}).toTensor();
 }
