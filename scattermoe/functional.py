@@ -16,6 +16,9 @@ from .kernels import ops as _switches
 
 __all__ = ["Routing", "combine", "moe_mlp", "parallel_linear", "route", "topk_gating"]
 
+# What the operators compute in.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 class Routing(NamedTuple):
     """Which expert gets which slot: the index tensors that every function here reads.

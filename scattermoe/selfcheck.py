@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import functional
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from .functional import DTYPES
 
 TOKENS, TOP_K, EXPERTS, HIDDEN, INTERMEDIATE = 24, 3, 6, 40, 24
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import scattermoe
 from scattermoe.replace import CannotReplace, registry, stacked
 from tests.modes import Calls
+from tests.processes import run_processes
 from tests.tolerances import model_bound, relative_error
 
 HIDDEN, INNER, EXPERTS = 16, 24, 6
@@ -343,7 +344,7 @@ def _shard(rank: int, path: str) -> None:
 
 
 def test_fully_sharded_stacked_experts(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_shard, (str(tmp_path / "store"),), nprocs=2)
+    run_processes(_shard, (str(tmp_path / "store"),), processes=2, deadline=120)
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -24,6 +23,7 @@ from torch.utils import checkpoint
 import scattermoe
 from scattermoe import lora
 from tests.modes import Calls
+from tests.processes import run_processes
 
 VOCABULARY, HIDDEN, LENGTH = 32, 16, 6
 PROCESSES = 2
@@ -335,15 +335,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, 
     folder = tmp_path_factory.mktemp("processes")
     torch.manual_seed(7)
     dcp.save({"model": Model().double().state_dict()}, checkpoint_id=folder / "from_one", no_dist=True)
-    running = multiprocessing.spawn(work, (folder,), nprocs=PROCESSES, join=False)
-    deadline = time.monotonic() + DEADLINE
-    try:
-        while not running.join(timeout=1):
-            assert time.monotonic() < deadline, f"the processes wait for each other after {DEADLINE} s"
-    finally:
-        for process in running.processes:
-            if process.is_alive():
-                process.kill()
+    run_processes(work, (folder,), PROCESSES, DEADLINE)
     yield folder, torch.load(folder / "results.pt", weights_only=True)
 
 

@@ -1,14 +1,13 @@
 """transformers' own expert and tensor parallelism over two processes, on our experts: the numbers of one process."""
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 transformers = pytest.importorskip("transformers")
@@ -16,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 import scattermoe.transformers  # noqa: E402, F401  (registers itself, after the check that transformers is there)
 from tests import parity  # noqa: E402
 from tests.modes import Calls  # noqa: E402
+from tests.processes import run_processes  # noqa: E402
 from tests.tolerances import model_bound, relative_error  # noqa: E402
 
 PROCESSES = 2
@@ -71,15 +71,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         parity.build(name).save_pretrained(tmp_path / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")  # transformers would give every process a GPU of its own
-        running = multiprocessing.spawn(work, (tmp_path,), nprocs=PROCESSES, join=False)
-    deadline = time.monotonic() + DEADLINE
-    try:
-        while not running.join(timeout=1):
-            assert time.monotonic() < deadline, f"the processes wait for each other after {DEADLINE} s"
-    finally:
-        for process in running.processes:
-            if process.is_alive():
-                process.kill()
+        run_processes(work, (tmp_path,), PROCESSES, DEADLINE)
     processes = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
     for case in CASES:
         compare(*case, [of_rank[case] for of_rank in processes])

@@ -14,7 +14,7 @@ from ..experts import Experts
 from ..functional import Routing, combine, route
 from ..mlp import GLUMLP, MLP
 from ..parallel_experts import ParallelExperts
-from ..replace.interface import takes_interface
+from ..replace.interface import takes_interface, weight_names
 from .functional import LowRank, moe_mlp, parallel_linear
 
 __all__ = ["WITH_ADAPTERS", "Adapter", "Adapters", "Projection", "low_ranks", "projections"]
@@ -130,10 +130,14 @@ class Projection(NamedTuple):
     prefix: str = ""
 
     @property
+    def parameter(self) -> Tensor:
+        """The weights as they are stored."""
+        return getattr(self.owner, self.name)
+
+    @property
     def weight(self) -> Tensor:
         """``[E, out, in]``, a view where it is stored transposed."""
-        weight = getattr(self.owner, self.name)
-        return weight.transpose(1, 2) if self.transposed else weight
+        return self.parameter.transpose(1, 2) if self.transposed else self.parameter
 
 
 class LoraExperts(Experts):
@@ -268,7 +272,7 @@ def projections(module: nn.Module) -> dict[str, Projection] | None:
     if isinstance(module, ParallelExperts):
         return {"linear": Projection(module, "weight")}
     if takes_interface(module):
-        up = "gate_up_proj" if module.has_gate else "up_proj"
+        up, down = weight_names(module)
         transposed = module.is_transposed
-        return {"up": Projection(module, up, transposed), "down": Projection(module, "down_proj", transposed)}
+        return {"up": Projection(module, up, transposed), "down": Projection(module, down, transposed)}
     return None

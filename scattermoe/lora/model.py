@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..functional import DTYPES
 from ..parallel_experts import is_bare
 from ..replace.recast import become, recast
 from .adapters import WITH_ADAPTERS, Adapter, Adapters, Projection, projections
@@ -26,8 +27,6 @@ __all__ = [
 ]
 
 TARGETS = ("up", "down", "query", "output", "linear")
-
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class AdaptedModule(NamedTuple):
@@ -101,8 +100,8 @@ def add_adapters(
         raise ValueError(f"expected r to be an integer >= 1, got {r!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"expected 0 <= dropout < 1, got {dropout}")
-    if dtype is not None and dtype not in _FLOATING:
-        raise ValueError(f"expected dtype to be one of {', '.join(map(str, _FLOATING))}, got {dtype}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"expected dtype to be one of {', '.join(map(str, DTYPES))}, got {dtype}")
 
     made: list[tuple[str, nn.Module, Adapters]] = []
     for path, module, maps in _layers(model, modules):
@@ -253,7 +252,7 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> None:
     places: dict[int, str] = {}
     for path, module, adapters in waiting:
         for place, projection, _ in _weights(path, module, adapters):
-            parameter = getattr(projection.owner, projection.name)
+            parameter = projection.parameter
             if isinstance(parameter, DTensor):
                 raise ValueError(f"{place}: expected a whole weight, got a DTensor; merge before sharding")
             other = places.setdefault(id(parameter), place)
@@ -261,7 +260,7 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> None:
                 raise ValueError(f"{place}: expected a weight of its own, got that of {other}, which has adapters too")
     for path, module, adapters in waiting:
         for _, projection, target in _weights(path, module, adapters):
-            parameter = getattr(projection.owner, projection.name)
+            parameter = projection.parameter
             base = parameter.data
             merged = adapters[target].added_to(projection.weight)
             parameter.data = merged.transpose(1, 2) if projection.transposed else merged
@@ -298,7 +297,7 @@ def unmerge(model: nn.Module) -> None:
                 raise ValueError(f"{place}: expected adapters merged with keep_base=True, got keep_base=False")
     for path, module, adapters in merged:
         for _, projection, target in _weights(path, module, adapters):
-            getattr(projection.owner, projection.name).data = adapters._buffers.pop(_base_name(target))
+            projection.parameter.data = adapters._buffers.pop(_base_name(target))
         adapters.merged = False
 
 
@@ -415,7 +414,7 @@ def _check_layer(path: str, module: nn.Module, chosen: Mapping[str, Projection])
             raise ValueError(f"{place}: expected a parameter, got none (is it parametrised?)")
         if isinstance(weight, DTensor):
             raise ValueError(f"{place}: expected a whole weight, got a DTensor; add adapters before sharding")
-        if weight.dtype not in _FLOATING or type(weight) is not nn.Parameter or weight.dim() != 3:
+        if weight.dtype not in DTYPES or type(weight) is not nn.Parameter or weight.dim() != 3:
             raise ValueError(
                 f"{place}: expected weights [experts, out, in] of float64, float32, bfloat16 or float16, "
                 f"got {type(weight).__name__} {list(weight.shape)} of {weight.dtype}"

@@ -8,15 +8,20 @@ from types import ModuleType
 
 from torch import nn
 
-__all__ = ["broken_rule", "is_switched", "switch_experts", "takes_interface"]
+__all__ = ["IMPLEMENTATION", "broken_rule", "is_switched", "switch_experts", "takes_interface", "weight_names"]
 
-IMPLEMENTATION = "scattermoe"
+IMPLEMENTATION = "scattermoe"  # what transformers calls this library
 
 
 def takes_interface(module: nn.Module) -> bool:
     """Whether a module's forward is dispatched by transformers' experts interface."""
     options = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
     return all(name in module.__dict__ for name in options) and hasattr(module.config, "_experts_implementation")
+
+
+def weight_names(module: nn.Module) -> tuple[str, str]:
+    """What such a module calls the weights of its two projections."""
+    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
 
 
 def broken_rule(module: nn.Module) -> str | None:
@@ -44,9 +49,7 @@ def switch_experts(model: nn.Module, experts: list[nn.Module]) -> Callable[[], N
     Returns:
         A function that sets it back.
     """
-    importlib.import_module(
-        "scattermoe.transformers"
-    )  # registers the name; transformers is loaded, or there were no such experts
+    _registered()
     configs = {id(module.config): module.config for module in experts}
     for module in model.modules():
         if hasattr(module, "set_experts_implementation"):

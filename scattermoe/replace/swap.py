@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .. import attention, experts, mlp, moe, parallel_experts
+from ..functional import DTYPES
 from .interface import broken_rule, is_switched, switch_experts, takes_interface
 from .recast import become, is_recast
 from .registry import BlockType, CannotReplace, find_block_type
@@ -30,7 +31,6 @@ _OURS = (
     mlp.GLUMLP,
     parallel_experts.ParallelExperts,
 )
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NO_TYPE = "expected a known block type: register_block adds one"
 # What a mixture of experts that no block type matches is called.
 _UNKNOWN = re.compile(r"(MoE|MOE|Moe|Experts|SparseMLP|(MoE|Moe)(Block|Layer))$")
@@ -242,7 +242,7 @@ def _replacement(block: nn.Module, kind: BlockType) -> nn.Module:
 
 def _unfit_weights(block: nn.Module) -> str | None:
     for name, parameter in block.named_parameters():
-        if parameter.dtype not in _DTYPES:
+        if parameter.dtype not in DTYPES:
             return f"expected floating weights, got {parameter.dtype} as {name} (quantised)"
         if type(parameter) is not nn.Parameter:
             return f"expected plain parameters, got a {type(parameter).__name__} as {name} (quantised or sharded)"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import functional, lora
 from ..activations import activation_name
+from ..replace.interface import weight_names
 
 __all__ = ["experts_forward"]
 
@@ -76,10 +77,6 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         **_activation(self),
     )
     return y.to(hidden_states.dtype)  # autocast computes in its own dtype
-
-
-def weight_names(experts: nn.Module) -> tuple[str, str]:
-    return ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
 
 
 def bias_names(experts: nn.Module) -> tuple[str, ...]:

@@ -9,8 +9,9 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel, __version__
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ..replace.interface import IMPLEMENTATION
 from .experts import experts_forward
-from .rules import NAME, check, experts_modules
+from .rules import check, experts_modules
 
 __all__ = ["register"]
 
@@ -24,7 +25,7 @@ def register() -> None:
     transformers asks an implementation for nothing but its forward pass, in the middle of a model's. Whether a model can be
     served is known where the implementation is chosen: the three methods of ``PreTrainedModel`` that do so are wrapped.
     """
-    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     PreTrainedModel.set_experts_implementation = _setting(PreTrainedModel.set_experts_implementation)
     PreTrainedModel.from_pretrained = _loading(PreTrainedModel.from_pretrained.__func__)
     PreTrainedModel._from_config = _creating(PreTrainedModel._from_config.__func__)
@@ -54,7 +55,7 @@ def _loading(load: Callable[..., Any]) -> classmethod:
         loaded = load(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # The auto classes hand the choice over in the config.
-        if any(config._experts_implementation == NAME for config in _configs(model)):
+        if any(config._experts_implementation == IMPLEMENTATION for config in _configs(model)):
             _check_chosen(model)
         return loaded
 
@@ -80,7 +81,7 @@ def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
 
 
 def _names_it(implementation: str | dict[str, str] | None) -> bool:
-    return NAME in (implementation.values() if isinstance(implementation, dict) else (implementation,))
+    return IMPLEMENTATION in (implementation.values() if isinstance(implementation, dict) else (implementation,))
 
 
 def _check_chosen(model: PreTrainedModel) -> None:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..replace.interface import takes_interface
-from .experts import DEFAULT_GATE, bias_names, gate_name, weight_names
+from ..functional import DTYPES
+from ..replace.interface import is_switched, takes_interface, weight_names
+from .experts import DEFAULT_GATE, bias_names, gate_name
 
-__all__ = ["NAME", "broken_rule", "check", "experts_modules"]
-
-NAME = "scattermoe"
-
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+__all__ = ["broken_rule", "check", "experts_modules"]
 
 
 def check(model: nn.Module) -> None:
@@ -71,7 +67,7 @@ def broken_rule(experts: nn.Module) -> str | None:
         return "is_concatenated=False says that gate and up rows are interleaved, but it has no _apply_gate that splits them so"
     for name, parameter in experts.named_parameters(recurse=False):
         plain = type(parameter) in (nn.Parameter, Tensor) or isinstance(parameter, DTensor)
-        if parameter.dtype not in _FLOATING or not plain:
+        if parameter.dtype not in DTYPES or not plain:
             kind = parameter.dtype if plain else f"{type(parameter).__name__} of {parameter.dtype}"
             return f"{name} is quantised ({kind}); weights must be float64, float32, bfloat16 or float16"
     up, down = (getattr(experts, name) for name in weights)
@@ -93,5 +89,5 @@ def broken_rule(experts: nn.Module) -> str | None:
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules, with their paths, that look up their implementation and find "scattermoe"."""
     for path, module in model.named_modules():
-        if takes_interface(module) and module.config._experts_implementation == NAME:
+        if takes_interface(module) and is_switched(module):
             yield path, module
