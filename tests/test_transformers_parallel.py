@@ -42,11 +42,14 @@ def step(folder: Path, name: str, kind: str) -> dict[str, Any]:
     """What one process sees of a training step."""
     from transformers.distributed import DistributedConfig
 
+    options: dict[str, Any] = {"enable_expert_parallel": True}
+    if hasattr(DistributedConfig, "ep_size"):  # newer versions have a size of its own for it, and ways to do it
+        options = {"ep_size": PROCESSES, "ep_implementation": "all_reduce"}
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder / name,
         attn_implementation="eager",
         experts_implementation="scattermoe",
-        distributed_config=DistributedConfig(tp_size=PROCESSES, enable_expert_parallel=kind == "experts"),
+        distributed_config=DistributedConfig(tp_size=PROCESSES, **(options if kind == "experts" else {})),
     )
     inputs = parity.batch(model, "left")
     with Calls() as calls:
