@@ -110,9 +110,60 @@ def test_run_and_page(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu():
-    done = run_gpu_benchmark("--shapes", "mixtral")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "needs a CUDA GPU" in done.stderr
+@pytest.mark.parametrize("script", ["gpu", "kernels"])
+def test_without_a_gpu(script, capsys):
+    module = __import__(script)
+    assert module.main(["--shapes", "mixtral"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "needs a CUDA GPU" in error
+
+
+def test_kernels_of_a_profile():
+    """Kernels are told apart and given to products by the order of their launches."""
+    import kernels
+    from shapes import SHAPES
+
+    shape = SHAPES["mixtral"]
+    launches = kernels.launches_of_step(shape, "bfloat16", "sm_90")
+    products = [product for launch in launches if (product := kernels.product_of(launch))]
+    assert products == ["up", "down", "dO W_down", "dW_down", "dz W_up", "dW_up"] == list(kernels.PRODUCTS)
+    mark = kernels.Kernel("void at::native::kernel<at::native::bitwise_not_kernel_cuda()>", 0.0, 5.0)
+
+    def own(launch):
+        return kernels.Kernel(f"void scattermoe::kernels::(anonymous namespace)::{launch.kernel}<64, true>(Args)", 0, 1)
+
+    step = [own(launch) for launch in launches]
+    step.insert(3, kernels.Kernel("Memset (Device)", 0, 0.5))
+    plain = [mark, *(k for i in range(6) for k in (mark, kernels.Kernel("nvjet_gemm", 0, 100.0 * (i + 1))))]
+    turns = [[kernels.Kernel("warm-up", 0, 1), mark, *step], [*plain, kernels.Kernel("splitK", 0, 6.0)], [mark, *step]]
+    timeline = []
+    for i, turn in enumerate(turns):  # the second step takes three times as long as the first
+        for kernel in turn:
+            us = kernel.us * (3 if i == 2 else 1)
+            timeline.append(kernel._replace(us=us, start=timeline[-1].start + 1000 if timeline else 0.0))
+    steps, bmm = kernels.deal([True, False, True], kernels.split(timeline[::-1]))
+    assert list(bmm.values()) == [100, 200, 300, 400, 500, 606] and [len(step) for step in steps] == [len(step)] * 2
+
+    rows = kernels.rows_of_case(shape, launches, steps, bmm)
+    assert [row["step"] for row in rows[:-2]] == [launch.step for launch in launches]
+    assert all(row["us"] == 2 for row in rows[:-2])
+    by_step = {row["step"]: row for row in rows}
+    up = by_step["up projection with activation"]
+    assert up["tile"] == "128x256x64" and up["bmm_us"] == 100 and up["of_bmm"] == 50
+    assert up["tflops"] == pytest.approx(4 * 16384 * 4096 * 14336 / 2e-6 / 1e12)
+    assert by_step["other kernels"]["us"] == 1 and "bmm_us" not in by_step["sum over experts"]
+    assert by_step["whole step"]["us"] == 1000 * (len(step) - 1) + 2 and by_step["whole step"]["bmm_us"] == 2106
+    whole = by_step["whole step"]["us"] * 1e-6
+    assert by_step["whole step"]["tflops"] == pytest.approx(3 * shape.forward_flops / whole / 1e12)
+    page = kernels.page(
+        {"mixtral": rows}, {"command": "python benchmarks/kernels.py", "gpu": "some"}, 2, "zipf", "bfloat16"
+    )
+    assert " 2 (50.00) |" in page and "- gpu: some\n" in page and "bmm    100.0 us" in kernels.line("mixtral", up)
+
+    with pytest.raises(RuntimeError, match="expected the kernels"):
+        kernels.rows_of_case(shape, launches, [step[:-1]], bmm)
+    with pytest.raises(RuntimeError, match="expected 14 marks in the profile, got 9"):
+        kernels.deal([False, False], kernels.split(timeline))
 
 
 def test_cpu_benchmark(monkeypatch):

@@ -4,6 +4,8 @@ No routing, gather, activation, gate or sum: nothing but the matrix products, wh
 operands are random too, for a GPU at its power limit multiplies zeros faster.
 """
 
+from collections.abc import Callable
+
 import torch
 from problem import Problem
 from torch import Tensor
@@ -26,22 +28,26 @@ class Layer:
         self.hidden, self.grad_z = random(shape.intermediate_size), random(2 * shape.intermediate_size)
         self.leaves: list[Tensor] = []
 
+    def products(self) -> dict[str, Callable[[], Tensor]]:
+        """Each product by its name, in the order of the layer."""
+        return {
+            "up": lambda: torch.bmm(self.x, self.w_up.transpose(1, 2)),
+            "down": lambda: torch.bmm(self.hidden, self.w_down.transpose(1, 2)),
+            "dO W_down": lambda: torch.bmm(self.grad, self.w_down),
+            "dW_down": lambda: torch.bmm(self.grad.transpose(1, 2), self.hidden),
+            "dz W_up": lambda: torch.bmm(self.grad_z, self.w_up),
+            "dW_up": lambda: torch.bmm(self.grad_z.transpose(1, 2), self.x),
+        }
+
     def forward(self) -> tuple[Tensor, Tensor]:
         """Up- and down-projection."""
-        return torch.bmm(self.x, self.w_up.transpose(1, 2)), torch.bmm(self.hidden, self.w_down.transpose(1, 2))
+        up, down, *_ = self.products().values()
+        return up(), down()
 
     def backward(self) -> None:
         """Gradients of both projections' inputs and weights."""
-        torch.bmm(self.grad, self.w_down)
-        torch.bmm(self.grad.transpose(1, 2), self.hidden)
-        torch.bmm(self.grad_z, self.w_up)
-        torch.bmm(self.grad_z.transpose(1, 2), self.x)
-
-    @property
-    def forward_flops(self) -> int:
-        """What was really computed: the slots are rounded to the same number for each expert."""
-        experts, _, hidden = self.x.shape
-        return 6 * experts * self.rows * hidden * self.hidden.shape[2]
+        for product in list(self.products().values())[2:]:
+            product()
 
     @staticmethod
     def version() -> str:
