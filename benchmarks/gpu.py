@@ -18,8 +18,11 @@ Triton package has this library's name: it must be in such a folder.
 
 import argparse
 import json
+import math
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,10 +31,11 @@ from harness import environment, shuffled_rounds, write_json
 from peers import IMPLEMENTATIONS
 from problem import TOLERANCE
 from report import merge, print_row, summarize_rows, write_docs
-from shapes import ROUTINGS, SHAPES, Shape, parse_shape
+from shapes import HOST_SHAPE, ROUTINGS, SHAPES, Shape, parse_shape
 from worker import Worker, WorkerError
 
 MODES = ("train", "inference")
+MIN_ROUNDS = 2  # also where time is short
 
 
 class OutOfTime(Exception):
@@ -45,6 +49,7 @@ class Benchmark:
         self.options = options
         self.deadline = time.monotonic() + options.time_budget if options.time_budget else None
         self.rows: list[dict] = []
+        self.folder = Path(tempfile.mkdtemp(prefix="benchmark-"))  # for what the workers share
         self.facts: dict[str, dict] = {name: {} for name in options.impls}
         self.workers = {name: Worker(name, options.device, options.peer_path) for name in options.impls}
         self.environment = environment()
@@ -68,17 +73,20 @@ class Benchmark:
         try:
             for name, worker in list(self.workers.items()):
                 self.try_to(name, lambda worker=worker: worker.wait(self.time_left(120)))
-            for shape_name, shape in self.options.shapes:
-                for routing in self.options.routing:
-                    self.run_case(shape_name, shape, routing)
-                    self.measure_host_time([name for name in self.workers if not IMPLEMENTATIONS[name].tunes])
-                    self.save()
-            self.measure_host_time(list(self.workers))  # the rest tune for its shape first, which may take a while
+            cases = [(*shape, routing) for shape in self.options.shapes for routing in self.options.routing]
+            weights = [len(self.asked(routing)) for *_, routing in cases]
+            for number, case in enumerate(cases):
+                # What a case leaves of its share goes to those after it.
+                left = self.time_left(math.inf)
+                self.run_case(*case, left * weights[number] / max(sum(weights[number:]), 1))
+                self.measure_host_time()
+                self.save()
         except OutOfTime:
             print(f"# the time budget of {self.options.time_budget:.0f} s is used up", flush=True)
         finally:
             for worker in self.workers.values():
                 worker.close(keep_log=self.options.keep_logs)
+            shutil.rmtree(self.folder)
         self.save()
 
     def try_to(self, name: str, action) -> dict | None:
@@ -90,12 +98,16 @@ class Benchmark:
             print(f"# {name}: {error}", flush=True)
             return None
 
-    def run_case(self, shape_name: str, shape: Shape, routing: str) -> None:
-        """All implementations on one shape and routing."""
+    def asked(self, routing: str) -> list[str]:
+        """The implementations to measure under a routing."""
+        return self.options.impls if routing == "balanced" else self.options.uneven_impls
+
+    def run_case(self, shape_name: str, shape: Shape, routing: str, seconds: float) -> None:
+        """All implementations on one shape and routing; after `seconds` with fewer rounds than were asked for."""
         options = self.options
+        case_deadline = time.monotonic() + seconds
         case = {"shape": shape_name, "sizes": str(shape), "routing": routing, "dtype": options.dtype}
-        asked = options.impls if routing == "balanced" else options.uneven_impls
-        usable = {name: self.workers[name] for name in asked if "reason" not in self.facts[name]}
+        usable = {name: self.workers[name] for name in self.asked(routing) if "reason" not in self.facts[name]}
         rows = {name: {**case, "impl": name} for name in usable}
         times: dict[tuple[str, str], list[float]] = {(name, mode): [] for name in rows for mode in MODES}
 
@@ -131,11 +143,15 @@ class Benchmark:
                         fail(name, error)
             sizes = [int(size) for size in str(shape).split(",")]
             ask_all(running(), "setup", 120, shape=sizes, routing=routing, dtype=options.dtype)
+            reference = str(self.folder / f"{shape_name} {routing}.pt")
+            for name in running():  # the first that can
+                if ask_all([name], "make_reference", 120, path=reference):
+                    break
             clock.append(time.monotonic())
             self.take_first_steps(running(), rows, shape_name)
             clock.append(time.monotonic())
             for name in running():  # one at a time: all their activations and gradients would not fit
-                reply = ask_all([name], "check", 120).get(name)
+                reply = ask_all([name], "check", 120, reference=reference).get(name)
                 if reply is None:
                     continue
                 errors = reply["errors"]
@@ -152,8 +168,13 @@ class Benchmark:
                     fail(name, error)
             clock.append(time.monotonic())
             pairs = [(name, mode) for name in running() for mode in MODES]
-            for _, (name, mode) in shuffled_rounds(pairs, options.rounds):
-                if "reason" in rows[name]:
+            rounds_began, rounds_done = time.monotonic(), 0
+            for round_number, (name, mode) in shuffled_rounds(pairs, options.rounds):
+                if round_number > rounds_done:
+                    rounds_done, now = round_number, time.monotonic()
+                    if rounds_done >= MIN_ROUNDS and now + (now - rounds_began) / rounds_done > case_deadline:
+                        break
+                if "reason" in rows[name] or (round_number > 0 and name in options.once_impls):
                     continue
                 try:
                     reply = self.workers[name].ask("time", self.time_left(120), mode=mode, steps=options.steps)
@@ -233,18 +254,18 @@ class Benchmark:
         for row in rows:
             print_row(row)
 
-    def measure_host_time(self, names: list[str]) -> None:
-        """Host time of a call of each of these implementations that has been timed and not been asked yet."""
+    def measure_host_time(self) -> None:
+        """Host time of a call of each implementation that has been timed and not been asked yet."""
         timed = {row["impl"] for row in self.rows if "train_ms" in row} - {"ceiling"}
-        for name in names:
-            worker = self.workers[name]
+        for name, worker in self.workers.items():
             if name in timed and worker.is_alive and "host_train_us" not in self.facts[name]:
                 try:
-                    reply = worker.ask("host", self.time_left(60), calls=20)
+                    reply = worker.ask("host", self.time_left(self.options.first_step_timeout))
                 except WorkerError as error:
                     reply = {"host_train_us": None, "host_inference_us": None, "host_reason": str(error)}
                 self.facts[name].update(reply)
                 print(f"# {name}: {reply}", flush=True)
+                self.save()
 
     def result(self) -> dict:
         """Everything measured so far."""
@@ -253,6 +274,8 @@ class Benchmark:
             "note": self.options.note,
             "rounds": self.options.rounds,
             "steps": self.options.steps,
+            "once": self.options.once_impls,
+            "host_shape": str(HOST_SHAPE),
             "implementations": self.facts,
             "rows": self.rows,
         }
@@ -276,12 +299,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--uneven-impls", nargs="+", choices=list(IMPLEMENTATIONS), metavar="IMPL",
         help="those of --impls to measure under routings other than balanced (all)",
     )  # fmt: skip
+    parser.add_argument(
+        "--once-impls", nargs="+", choices=list(IMPLEMENTATIONS), default=[], metavar="IMPL",
+        help="those of --impls that take part in the first round of a case only",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="bfloat16")
     parser.add_argument(
         "--rounds", type=int, default=7, help="rounds in which all implementations take turns (%(default)s)"
     )
     parser.add_argument("--steps", type=int, default=3, help="timed steps in a turn (%(default)s)")
-    parser.add_argument("--time-budget", type=float, metavar="S", help="stop after S seconds and write what there is")
+    parser.add_argument(
+        "--time-budget", type=float, metavar="S",
+        help=f"have done after S seconds, by taking fewer rounds, but {MIN_ROUNDS}; if that is too long, write what there is",
+    )  # fmt: skip
     parser.add_argument(
         "--first-step-timeout", type=float, default=900, metavar="S",
         help="give an implementation up whose first step of a shape takes longer (%(default)s)",

@@ -51,23 +51,30 @@ def print_row(row: dict) -> None:
 def merge(runs: list[dict]) -> dict:
     """The results of several runs on one kind of machine as those of one.
 
-    A case (shape and routing) comes whole from the first run that has it, so that speeds are compared within a run. Of
-    cold starts the longest counts, because files that earlier runs cached shorten it.
+    A case (shape and routing) comes whole from the first run that has a speed in it, so that speeds are compared within a run.
+    Of cold starts the longest counts, because files that earlier runs cached shorten it.
     """
     merged = {**runs[0], "rows": [], "implementations": {}}
     merged["environment"] = dict(runs[0]["environment"])
     merged["environment"]["command"] = "\n".join(run["environment"]["command"] for run in runs)
     merged["note"] = " ".join(filter(None, (run.get("note") for run in runs)))
+    cases: dict[tuple[str, str], list[dict]] = {}
     for run in runs:
-        known = {(row["shape"], row["routing"]) for row in merged["rows"]}
-        merged["rows"] += [row for row in run["rows"] if (row["shape"], row["routing"]) not in known]
+        mine: dict[tuple[str, str], list[dict]] = {}
+        for row in run["rows"]:
+            mine.setdefault((row["shape"], row["routing"]), []).append(row)
+        for case, rows in mine.items():
+            if not any("train_ms" in row for row in cases.get(case, ())):
+                cases[case] = rows
         for name, facts in run["implementations"].items():
-            mine = merged["implementations"].setdefault(name, {})
-            if facts.get("cold_start_s", 0) > mine.get("cold_start_s", 0):
-                mine.update(cold_start_s=facts["cold_start_s"], cold_start_shape=facts["cold_start_shape"])
+            known = merged["implementations"].setdefault(name, {})
+            if facts.get("cold_start_s", 0) > known.get("cold_start_s", 0):
+                known.update(cold_start_s=facts["cold_start_s"], cold_start_shape=facts["cold_start_shape"])
             for key, value in facts.items():
-                if mine.get(key) is None:
-                    mine[key] = value
+                comparable = not key.startswith("host_") or run.get("host_shape") == runs[0].get("host_shape")
+                if comparable and known.get(key) is None:
+                    known[key] = value
+    merged["rows"] = [row for rows in cases.values() for row in rows]
     for facts in merged["implementations"].values():
         if "version" in facts:
             facts.pop("reason", None)
@@ -168,23 +175,39 @@ def routing_table(results: Results) -> str:
 
 
 def start_table(results: Results) -> str:
-    """Cold start and host time by implementation."""
-    header = ["implementation", "version", "cold start s", "on shape", "host time of a step µs", "of a forward pass µs"]
+    """Cold start by implementation."""
+    header = ["implementation", "version", "cold start s", "on shape"]
     rows = []
     for name in results.impls:
         facts = results.result["implementations"].get(name, {})
         if name != "ceiling":
-            rows.append(
-                [
-                    name,
-                    facts.get("version", ""),
-                    cell(facts.get("cold_start_s"), ".2f"),
-                    facts.get("cold_start_shape", ""),
-                    cell(facts.get("host_train_us"), ".0f"),
-                    cell(facts.get("host_inference_us"), ".0f"),
-                ]
-            )
+            start = cell(facts.get("cold_start_s"), ".2f")
+            rows.append([name, facts.get("version", ""), start, facts.get("cold_start_shape", "")])
     return markdown_table(header, rows)
+
+
+def host_table(results: Results) -> str:
+    """Microseconds of the host by implementation, and of PyTorch alone."""
+    rows, keys = [], ("host_train", "host_train_one_thread", "host_inference")
+    for name in results.impls:
+        facts = results.result["implementations"].get(name, {})
+        if any(facts.get(f"{key}_us") for key in keys):
+            rows.append([name, *(cell(facts.get(f"{key}_us"), ".0f") for key in keys)])
+    floor = results.result["implementations"].get(OURS[0], {})
+    if floor.get("host_floor_us"):
+        values = [cell(floor[key], ".0f") for key in ("host_floor_us", "host_floor_one_thread_us")]
+        rows.append(["PyTorch alone", *values, ""])
+    return markdown_table(["µs", "step", "step, backward in the calling thread", "forward, inference mode"], rows)
+
+
+def rounds_taken(results: Results) -> str:
+    """How many rounds there were, in words."""
+    result = results.result
+    once = [name for name in result.get("once", []) if name in results.impls]
+    rows = [row for row in result["rows"] if "train_ms_all" in row and row["impl"] not in once]
+    counts = {len(row["train_ms_all"]) // result["steps"] for row in rows} or {result["rounds"]}
+    text = str(max(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)} (as time allowed)"
+    return text + (f", one for {' and '.join(once)}," if once else "")
 
 
 def missing(results: Results) -> str:
@@ -239,6 +262,18 @@ TFLOP/s of forward and backward, and in brackets the ratio to the same implement
 
 {routing_table(results)}
 """
+    host = ""
+    if "host_shape" in result:
+        host = f"""## Host time
+
+What a call costs the host: microseconds until a step of (T, H, I, E, K) = ({result["host_shape"]}) returns, for all implementations.
+So small a shape keeps the GPU waiting for the host (more work left on it after 20 calls than a step's would have been noticed), and is yet
+one of which each takes the kernels that it has for large ones. The least of several rounds of 20 calls, after steps that compile and
+tune. PyTorch runs a backward pass on a GPU in another thread, which takes time to be woken; hence also without
+(`torch.autograd.set_multithreading_enabled(False)`). *PyTorch alone*: a view and its gradient, which launch nothing.
+
+{host_table(results)}
+"""
     memory = ""
     if any("peak_mib" in row for row in result["rows"]):
         memory = f"""## Memory
@@ -265,8 +300,8 @@ A SwiGLU MoE MLP in {result["rows"][0]["dtype"]}. TFLOP/s count the products of 
 backward. *ceiling* is cuBLAS on the same products as plain batched ones over equal groups, with no routing, gather, activation
 or sum. Shapes (T, H, I, E, K): {shapes}.
 
-Medians of {result["rounds"]} shuffled rounds of {result["steps"]} steps in one run, each step with a cold second-level cache. The time begins with experts' ids
-and gates and includes sorting them; compilation and tuning are over before. Each implementation runs in a process of its own
+Medians of {rounds_taken(results)} shuffled rounds of {result["steps"]} steps in one run, each step with a cold second-level cache. The time
+begins with experts' ids and gates and includes sorting them; compilation and tuning are over before. Each implementation runs in a process of its own
 on the same random data, and its output and gradients were compared with a float64 reference first. *scattermoe-portable*
 are this library's kernels for every GPU, forced; *scattermoe* is what it does by itself. Routings: *balanced* draws experts
 uniformly, *zipf* with probabilities proportional to 1, 1/2, 1/3, ..., *empty* uniformly from nine tenths of them.
@@ -285,14 +320,14 @@ a number.
 {chr(10).join(tables)}
 {skew}
 {memory}
-## First step and host time
+## First step
 
 Cold start: from the import of the package in a process that has PyTorch and a CUDA context to the end of the first step, on
-the first shape of the run; files that an implementation cached in earlier runs shorten it. Host time: of one step so small that the
-GPU waits for the host.
+the first shape of the run; files that an implementation cached in earlier runs shorten it.
 
 {start_table(results)}
 
+{host}
 {missing(results)}
 ## Where
 

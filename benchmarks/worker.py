@@ -33,7 +33,7 @@ class Server:
     def __init__(self, implementation: str, device: str) -> None:
         self.implementation = IMPLEMENTATIONS[implementation]
         self.device = device
-        self.adapter = self.problem = self.reference = self.layer = self.flush = self.dtype = None
+        self.adapter = self.problem = self.layer = self.flush = self.dtype = None
 
     # Requests.
 
@@ -42,8 +42,12 @@ class Server:
         self.release()
         self.dtype = getattr(torch, dtype)
         self.problem = Problem(Shape(*shape), routing, self.dtype, self.device)
-        self.reference = Reference(self.problem)
         self.synchronize()
+        return {}
+
+    def make_reference(self, path: str) -> dict:
+        """Computes the exact results, which are the same for all, and writes them to a file."""
+        torch.save(Reference(self.problem), path)
         self.give_back_memory()
         return {}
 
@@ -62,24 +66,24 @@ class Server:
         self.give_back_memory()
         return {"seconds": seconds, "cold": is_cold, "version": self.adapter.Layer.version()}
 
-    def check(self) -> dict:
-        """Errors of the output and of all gradients."""
+    def check(self, reference: str) -> dict:
+        """Errors of the output and of all gradients, by the exact results in a file."""
         if not self.layer.leaves:
             return {"errors": {}, "right": True}
+        exact = torch.load(reference, map_location=self.device, weights_only=False)
         y = self.layer.forward()
         gradients = torch.autograd.grad(y, self.layer.leaves, self.problem.grad)
         for leaf, gradient in zip(self.layer.leaves, gradients, strict=True):
             leaf.grad = gradient
-        weight_gradients = [self.layer.weight_gradient(expert) for expert in self.reference.experts]
-        errors = self.reference.errors(y.detach(), *gradients[:2], weight_gradients)
+        weight_gradients = [self.layer.weight_gradient(expert) for expert in exact.experts]
+        errors = exact.errors(y.detach(), *gradients[:2], weight_gradients)
         for leaf in self.layer.leaves:
             leaf.grad = None
         with torch.inference_mode():
-            errors["y, inference"] = self.reference.error_of_output(self.layer.forward())
-        del y, gradients, weight_gradients
+            errors["y, inference"] = exact.error_of_output(self.layer.forward())
+        del y, gradients, weight_gradients, exact
         self.give_back_memory()
         tolerance = TOLERANCE[str(self.problem.dtype).removeprefix("torch.")]
-        self.reference = None
         return {"errors": errors, "right": all(error <= tolerance for error in errors.values()), "tolerance": tolerance}
 
     def memory(self) -> dict:
@@ -101,41 +105,39 @@ class Server:
         return {"activation_mib": activation / 2**20, "peak_mib": peak / 2**20}
 
     def time(self, mode: str, steps: int) -> dict:
-        """Milliseconds of some steps after an untimed one; what the allocator keeps in reserve is given back."""
+        """Milliseconds of some steps after an untimed one."""
         step = {"train": self.train_step, "inference": self.inference_step}[mode]
         step()
         milliseconds = self.time_on_gpu(step, steps) if self.device == "cuda" else self.time_on_cpu(step, steps)
         self.give_back_memory()
         return {"ms": milliseconds}
 
-    def host(self, calls: int) -> dict:
-        """Microseconds of host time of a step whose work on the GPU is next to nothing."""
+    def host(self) -> dict:
+        """Microseconds of the host in a step whose work on the GPU is next to nothing, and in PyTorch's least step."""
         kept = self.problem, self.layer
         self.problem = Problem(HOST_SHAPE, "balanced", self.dtype, self.device)
         try:
             self.layer = self.adapter.Layer(self.problem, **self.implementation.arguments)
-            times = []
-            for step in (self.train_step, self.inference_step):
-                for _ in range(5):
-                    step()
-                rounds = []
-                for _ in range(5):
-                    self.synchronize()
-                    began = time.perf_counter()
-                    for _ in range(calls):
-                        step()
-                    rounds.append((time.perf_counter() - began) / calls)
-                    self.synchronize()
-                times.append(1e6 * min(rounds))
+            times = {}
+            for key, step in (
+                ("train", self.train_step),
+                ("inference", self.inference_step),
+                ("floor", self.view_step),
+            ):
+                times[f"host_{key}_us"] = self.time_on_host(step)
+                if key != "inference":
+                    # Otherwise backward runs in a thread of the device, which has to be woken, and to wake this one.
+                    with torch.autograd.set_multithreading_enabled(False):
+                        times[f"host_{key}_one_thread_us"] = self.time_on_host(step)
         finally:
             self.problem, self.layer = kept
-        return {"host_train_us": times[0], "host_inference_us": times[1]}
+        return times
 
     def release(self) -> dict:
         """Frees everything."""
-        self.problem = self.reference = self.layer = None
+        self.problem = self.layer = None
         gc.collect()
-        self.give_back_memory()
+        self.give_back_memory(share=1)
         return {}
 
     # What the requests are made of.
@@ -153,6 +155,33 @@ class Server:
         """Forward alone, in inference mode."""
         with torch.inference_mode():
             self.layer.forward()
+
+    def view_step(self) -> None:
+        """Forward and backward of a view, which launch nothing: what PyTorch takes for a step of anything."""
+        x = self.layer.leaves[0]
+        torch.autograd.grad(x.view_as(x), x, self.problem.grad)
+
+    def time_on_host(self, step: Callable[[], None], calls: int = 20) -> float:
+        """Microseconds until a call of a step returns: the least of the rounds of calls that 0.2 s hold, but three.
+
+        Raises:
+            RuntimeError: the GPU lags behind, so that the host may have had to wait for it.
+        """
+        for _ in range(5):
+            step()
+        times: list[tuple[float, float]] = []
+        while len(times) < 3 or sum(seconds for seconds, _ in times) * calls < 0.2:
+            self.synchronize()
+            began = time.perf_counter()
+            for _ in range(calls):
+                step()
+            returned = time.perf_counter()
+            self.synchronize()
+            times.append(((returned - began) / calls, time.perf_counter() - returned))
+        seconds, lag = min(times)
+        if lag > seconds + 50e-6:  # more work was left than the last step's
+            raise RuntimeError(f"the GPU lags behind the host by {1e6 * lag:.0f} us after {calls} calls")
+        return 1e6 * seconds
 
     def time_on_gpu(self, step: Callable[[], None], steps: int) -> list[float]:
         """By events, each step with a cold second-level cache."""
@@ -181,10 +210,12 @@ class Server:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def give_back_memory(self) -> None:
-        """Lets the other processes have what this one does not use."""
+    def give_back_memory(self, share: float = 0.5) -> None:
+        """Lets the other processes have what this one does not use, if less than a share of the GPU's memory is free."""
         if self.device == "cuda":
-            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info()
+            if free < share * total:
+                torch.cuda.empty_cache()
 
 
 def reason_of(error: BaseException) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_routings():
 
 
 @pytest.mark.parametrize("broken", ["none", "output", "gates", "weight", "nan"])
-def test_check_rejects_what_is_wrong(broken):
+def test_check_rejects_what_is_wrong(broken, tmp_path):
     from peers.ours import Layer
     from problem import Problem
     from shapes import Shape
@@ -69,13 +70,98 @@ def test_check_rejects_what_is_wrong(broken):
                 self.gates.grad.neg_()
             return (up.flip(0), down) if broken == "weight" else (up, down)
 
-    from problem import Reference
-
+    reference = str(tmp_path / "reference.pt")
     server = Server("scattermoe", "cpu")
     server.problem = Problem(Shape(32, 16, 8, 4, 2), "zipf", torch.float32, "cpu")
-    server.reference = Reference(server.problem)
+    server.make_reference(reference)
     server.layer = Broken(server.problem)
-    assert server.check()["right"] == (broken == "none")
+    assert server.check(reference)["right"] == (broken == "none")
+
+
+def test_host_time_is_not_the_gpus(monkeypatch):
+    from worker import Server
+
+    server = Server("scattermoe", "cpu")
+    assert server.time_on_host(lambda: time.sleep(1e-3)) > 1e3
+    monkeypatch.setattr(server, "synchronize", lambda: time.sleep(5e-3))
+    with pytest.raises(RuntimeError, match="lags behind the host"):
+        server.time_on_host(lambda: time.sleep(1e-3))
+
+
+def test_cut_search():
+    pytest.importorskip("triton")
+    from types import SimpleNamespace
+
+    from peers.tuning import cut_search
+
+    tuner = SimpleNamespace(configs=[1, 2, 3], _do_bench=None)
+    cut_search(tuner, lambda config: config > 1)
+    assert tuner.configs == [2, 3] and tuner._do_bench.keywords["rep"] < 100
+    cut_search(tuner, lambda config: config > 9)
+    assert tuner.configs == [2, 3]
+
+
+def test_time_budget(monkeypatch):
+    """Every case gets its share of the time: fewer rounds where it is short, but two."""
+    import gpu
+
+    class Worker:
+        is_alive = True
+
+        def __init__(self, name, device, peer_path):
+            self.name = name
+
+        def send(self, do, **arguments):
+            self.reply = {"seconds": 0.0, "version": "1", "errors": {}, "right": True}
+            if do == "time":
+                time.sleep(0.2 if self.name == "grouped_mm" else 0.005)
+                self.reply = {"ms": [1.0] * arguments["steps"]}
+
+        def wait(self, timeout):
+            return {} if not hasattr(self, "reply") else self.reply
+
+        def ask(self, do, timeout, **arguments):
+            self.send(do, **arguments)
+            return self.wait(timeout)
+
+        def close(self, keep_log):
+            pass
+
+    monkeypatch.setattr(gpu, "Worker", Worker)
+
+    def rounds(*arguments):
+        shapes = ["--shapes", TINY, "96,32,16,4,2", "--device", "cpu", "--steps", "3", "--rounds", "1000"]
+        benchmark = gpu.Benchmark(gpu.parse_arguments([*shapes, "--uneven-impls", "scattermoe", *arguments]))
+        benchmark.run()
+        return [len(row["train_ms_all"]) / 3 for row in benchmark.rows if row["impl"] == "scattermoe"]
+
+    began = time.monotonic()
+    taken = rounds("--impls", "scattermoe", "ceiling", "--time-budget", "2")
+    assert len(taken) == 6 and all(5 < count < 100 for count in taken), taken
+    assert 1 < time.monotonic() - began < 2.5
+    assert rounds("--impls", "scattermoe", "grouped_mm", "--routing", "balanced", "--time-budget", "2")[-1] == 2
+
+
+def test_merge():
+    """Cases come whole from the first run that measured them, host times from runs of the same shape."""
+    from report import merge
+
+    def run(shape, host, **speeds):
+        rows = [
+            {"shape": s, "routing": "zipf", "impl": "a", **({"train_ms": t} if t else {})} for s, t in speeds.items()
+        ]
+        facts = {
+            "a": {"host_train_us": host, "cold_start_s": host, "cold_start_shape": "s"},
+            "b": {"host_floor_us": host},
+        }
+        return {"environment": {"command": "c"}, "host_shape": shape, "rows": rows, "implementations": facts}
+
+    first = run("1,2", None, s=None, t=2.0)
+    first["implementations"]["a"]["cold_start_s"] = 1.0
+    merged = merge([first, run("3,4", 5.0, s=6.0, t=7.0), run("1,2", 8.0)])
+    assert [row["train_ms"] for row in merged["rows"]] == [6.0, 2.0]
+    assert merged["implementations"]["a"]["host_train_us"] == 8.0 == merged["implementations"]["b"]["host_floor_us"]
+    assert merged["implementations"]["a"]["cold_start_s"] == 8.0
 
 
 def run_gpu_benchmark(*arguments):
@@ -90,7 +176,7 @@ def test_run_and_page(tmp_path):
     results, docs = tmp_path / "gpu.json", tmp_path / "docs"
     impls = ["scattermoe", "scattermoe-triton", "ceiling"]
     done = run_gpu_benchmark(
-        "--device", "cpu", "--shapes", TINY, "--impls", *impls, "--rounds", "2", "--steps", "2",
+        "--device", "cpu", "--shapes", TINY, "--impls", *impls, "--rounds", "2", "--steps", "2", "--once-impls", "ceiling",
         "--routing", "balanced", "zipf", "--dtype", "float32", "--json", str(results), "--docs", str(docs),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -100,12 +186,17 @@ def test_run_and_page(tmp_path):
     assert set(rows) == {(routing, impl) for routing in ("balanced", "zipf") for impl in ("scattermoe", "ceiling")}
     ours = rows["balanced", "scattermoe"]
     assert len(ours["train_ms_all"]) == len(ours["inference_ms_all"]) == 4
+    assert len(rows["zipf", "ceiling"]["train_ms_all"]) == 2
     flops = 18 * 48 * 2 * 32 * 16
     assert ours["train_tflops"] == pytest.approx(flops / ours["train_ms"] / 1e9)
     assert ours["train_of_ceiling"] == pytest.approx(ours["train_tflops"] / rows["balanced", "ceiling"]["train_tflops"])
-    assert result["implementations"]["scattermoe"]["host_train_us"] > 0
+    facts = result["implementations"]["scattermoe"]
+    for key in ("host_train", "host_train_one_thread"):
+        assert facts[f"{key}_us"] > facts[f"{key.replace('train', 'floor')}_us"] > 0
+    assert facts["host_train_us"] > facts["host_inference_us"] > 0
     page = (docs / "benchmarks.md").read_text()
     assert TINY in page and "## Uneven routing" in page and "scattermoe-triton on all" in page
+    assert "Medians of 2, one for ceiling, shuffled rounds" in page and "| PyTorch alone |" in page
     assert (docs / "benchmarks.svg").read_text().startswith("<?xml")
 
 

@@ -2,38 +2,38 @@
 
 Its QuACK kernels are compiled and tuned at the first call of each shape. The full search takes more than nine minutes on 16
 cores; SONICMOE_FULL_SEARCH=1 asks for it. Without, it is cut down to the tiles of 128 or 256 rows by 128 to 256 columns
-among which it finds its best on Hopper.
+among which it finds its best on Hopper, and its sums, of which it tries all variants, are timed as briefly as its products.
 """
 
 import os
 from importlib.metadata import version
+from typing import Any
 
 import quack.gemm_interface
 import torch
 from problem import Problem
 from sonicmoe.enums import ActivationType
 from sonicmoe.functional import TC_topk_router_metadata_triton, _DownProjection, _UpProjection
+from sonicmoe.functional.reduction_over_k_gather import token_gather_sum_kernel
 from torch import Tensor
+
+from peers.tuning import cut_search
 
 # (rows, columns, ping-pong)
 TILES = {(128, 256, False), (256, 128, False), (256, 192, False), (128, 128, True), (128, 160, True), (128, 192, True)}
 
 
-def cut_search() -> None:
-    """Leaves only TILES to the tuners of the three products that the layer uses."""
-    for name in ("gemm_tuned", "gemm_gated_tuned", "gemm_dgated_tuned"):
-        tuner = getattr(quack.gemm_interface, name)
-        configs = [config.kwargs["config"] for config in tuner.configs]
-        wanted = [
-            (c.tile_m, c.tile_n, c.pingpong) in TILES and c.device_capacity == 9 and c.cluster_n == 1 and not c.swap_ab
-            for c in configs
-        ]
-        if any(wanted):
-            tuner.configs = [one for one, keep in zip(tuner.configs, wanted, strict=True) if keep]
+def keep(config: Any) -> bool:
+    """Whether a variant of a product is among TILES."""
+    c = config.kwargs["config"]
+    wanted = (c.tile_m, c.tile_n, c.pingpong) in TILES
+    return wanted and c.device_capacity == 9 and c.cluster_n == 1 and not c.swap_ab
 
 
 if os.environ.get("SONICMOE_FULL_SEARCH") != "1":
-    cut_search()
+    for name in ("gemm_tuned", "gemm_gated_tuned", "gemm_dgated_tuned"):
+        cut_search(getattr(quack.gemm_interface, name), keep)
+    cut_search(token_gather_sum_kernel)
 
 
 class Layer:
