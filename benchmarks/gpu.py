@@ -204,13 +204,12 @@ class Benchmark:
         row["reason"] = str(error)
 
     def take_first_steps(self, names: list[str], rows: dict[str, dict], shape_name: str) -> None:
-        """First steps of a case, cold starts one after the other, because they are to be compared.
-
-        Later an implementation that tunes its kernels on the GPU still has it nearly for itself: one tunes at a time, while
-        the others, which only compile on the host if anything, take their steps beside it.
+        """First steps of a case, one after the other: cold starts are to be compared, many tune their kernels on the GPU, and
+        several together might not find the memory. Only what compiles for long on the host does so beside the others, once
+        its cold start is known.
         """
         is_cold = {name: "version" not in self.facts[name] for name in names}
-        alone = [name for name in names if is_cold[name] or IMPLEMENTATIONS[name].tunes]
+        alone = [name for name in names if is_cold[name] or not IMPLEMENTATIONS[name].compiles]
         beside = [name for name in names if name not in alone]
 
         def wait(name: str) -> None:
@@ -240,8 +239,8 @@ class Benchmark:
         for name in beside:
             if "reason" not in rows[name]:
                 wait(name)
-        for name in beside:
-            if rows[name].get("reason") == "out of memory":  # perhaps only beside the others
+        for name in names if beside else []:
+            if rows[name].get("reason") == "out of memory":  # perhaps only because of what ran beside it
                 del rows[name]["reason"]
                 send(name)
                 if "reason" not in rows[name]:

@@ -23,7 +23,7 @@ class Implementation:
     arguments: dict = field(default_factory=dict)
     environment: dict = field(default_factory=dict)
     is_peer: bool = True  # peers are looked for in the folders given by --peer-path
-    tunes: bool = False  # times kernels on the GPU in the first step of a shape, which needs the GPU for itself
+    compiles: bool = False  # for seconds on the host in the first step of a shape; others take theirs meanwhile
 
 
 IMPLEMENTATIONS = {
@@ -32,12 +32,12 @@ IMPLEMENTATIONS = {
     "scattermoe-portable": Implementation(
         "peers.ours", environment={"SCATTERMOE_PORTABLE_KERNELS": "1"}, is_peer=False
     ),
-    "sonicmoe": Implementation("peers.sonic", tunes=True),
-    "megablocks-grouped": Implementation("peers.mega", {"mlp_impl": "grouped"}, tunes=True),
-    "megablocks-sparse": Implementation("peers.mega", {"mlp_impl": "sparse"}, tunes=True),
-    "scattermoe-triton": Implementation("peers.scattermoe_triton", tunes=True),
+    "sonicmoe": Implementation("peers.sonic"),
+    "megablocks-grouped": Implementation("peers.mega", {"mlp_impl": "grouped"}),
+    "megablocks-sparse": Implementation("peers.mega", {"mlp_impl": "sparse"}),
+    "scattermoe-triton": Implementation("peers.scattermoe_triton"),
     "grouped_mm": Implementation("peers.torch_grouped"),
-    "grouped_mm-compiled": Implementation("peers.torch_grouped", {"compiled": True}),
-    "liger": Implementation("peers.liger", tunes=True),
+    "grouped_mm-compiled": Implementation("peers.torch_grouped", {"compiled": True}, compiles=True),
+    "liger": Implementation("peers.liger"),
     "ceiling": Implementation("peers.ceiling", is_peer=False),
 }
