@@ -44,7 +44,7 @@ class Launches {
         const kernels::GemmChoice choice = select(p);
         if (choice.engine == GemmEngine::kHopper) {
             return hopper(step, "sm90::grouped_gemm_kernel",
-                          kernels::sm90::select_store_tile(p.n, p.gathered, p.k_contiguous));
+                          kernels::sm90::select_store_tile(p.n, p.k, p.gathered, p.k_contiguous));
         }
         portable(step, "grouped_gemm_kernel", choice);
     }
@@ -94,7 +94,7 @@ class Launches {
             const GatheredSide side = p.left_gathered    ? GatheredSide::kLeft
                                       : p.right_gathered ? GatheredSide::kRight
                                                          : GatheredSide::kNeither;
-            return hopper(step, "sm90::weight_grad_kernel", kernels::sm90::select_weight_grad_tile(p.n, side));
+            return hopper(step, "sm90::weight_grad_kernel", kernels::sm90::select_weight_grad_tile(p.m, p.n, side));
         }
         portable(step, "weight_grad_kernel", choice,
                  one_gathered ? "" : "; both operands are gathered, which the Hopper kernels do not do");

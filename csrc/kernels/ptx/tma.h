@@ -36,6 +36,35 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap& map
         : "memory");
 }
 
+// The same to several blocks of a cluster, those whose bits are set, at the same place of each one's shared memory;
+// the bytes are counted by the same barrier of each.
+__device__ __forceinline__ void tma_load_multicast(uint32_t shared, const CUtensorMap& map, uint32_t barrier,
+                                                   uint16_t blocks, int x, int y) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%4, %5}], [%2], %3;" ::"r"(shared),
+        "l"(&map), "r"(barrier), "h"(blocks), "r"(x), "r"(y)
+        : "memory");
+}
+
+__device__ __forceinline__ void tma_load_multicast(uint32_t shared, const CUtensorMap& map, uint32_t barrier,
+                                                   uint16_t blocks, int x, int y, int z) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%4, %5, %6}], [%2], %3;" ::"r"(shared),
+        "l"(&map), "r"(barrier), "h"(blocks), "r"(x), "r"(y), "r"(z)
+        : "memory");
+}
+
+__device__ __forceinline__ void tma_load_multicast(uint32_t shared, const CUtensorMap& map, uint32_t barrier,
+                                                   uint16_t blocks, int x, int y, int z, int w) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%4, %5, %6, %7}], [%2], %3;" ::"r"(shared),
+        "l"(&map), "r"(barrier), "h"(blocks), "r"(x), "r"(y), "r"(z), "r"(w)
+        : "memory");
+}
+
 __device__ __forceinline__ void tma_store(const CUtensorMap& map, uint32_t shared, int x, int y, int z) {
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
                  "r"(shared), "r"(x), "r"(y), "r"(z)

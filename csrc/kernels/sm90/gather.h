@@ -29,7 +29,7 @@ class GatheredTileRows {
     __device__ __forceinline__ void look_ahead(const OutputTile& tile) {
         const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
         const int row = lane / 4 * 16 + warp * 4 + lane % 4;
-        next_ = matrix_.look_up(tile.row + min(row, tile.rows - 1));
+        next_ = matrix_.look_up(tile.row + max(min(row, tile.rows - 1), 0));
     }
 
     __device__ __forceinline__ void begin_tile() {

@@ -67,7 +67,7 @@ cudaError_t make_weight_map(CUtensorMap& map, const GroupedGemmParams& p, int ha
         map, p.dtype, p.weight,
         {{p.k, rows, halves, p.num_experts},
          {interleaved ? halves * stride : stride, interleaved ? stride : rows * stride, p.weight_expert_stride},
-         {kStageK, tile.n / halves, 1, 1}});
+         {kStageK, tile.n / (tile.paired ? kPair : halves), 1, 1}});
 }
 
 // Everything but the epilogue's arguments.
@@ -137,14 +137,14 @@ cudaError_t grouped_gemm(const GroupedGemmParams& p, Tile tile, cudaStream_t str
     };
     if (is_gathered(p.in_rows)) {
         if (weight_major(p) == Major::kMn) {
-            if (tile != Tile::kCooperative128x256) return cudaErrorNotSupported;
-            return launch.operator()<Tile::kCooperative128x256, Rows::kGathered, Major::kMn>();
+            if (tile != Tile::kPaired128x256) return cudaErrorNotSupported;
+            return launch.operator()<Tile::kPaired128x256, Rows::kGathered, Major::kMn>();
         }
         switch (tile) {
             case Tile::kPingPong128x192:
                 return launch.operator()<Tile::kPingPong128x192, Rows::kGathered, Major::kK>();
-            case Tile::kCooperative128x256:
-                return launch.operator()<Tile::kCooperative128x256, Rows::kGathered, Major::kK>();
+            case Tile::kPaired128x256:
+                return launch.operator()<Tile::kPaired128x256, Rows::kGathered, Major::kK>();
             default:
                 return cudaErrorNotSupported;
         }
@@ -155,6 +155,10 @@ cudaError_t grouped_gemm(const GroupedGemmParams& p, Tile tile, cudaStream_t str
                 return launch.template operator()<Tile::kPingPong128x192, Rows::kInOrder, kMajor>();
             case Tile::kPingPong128x128:
                 return launch.template operator()<Tile::kPingPong128x128, Rows::kInOrder, kMajor>();
+            case Tile::kPaired128x256:
+                return launch.template operator()<Tile::kPaired128x256, Rows::kInOrder, kMajor>();
+            case Tile::kCooperative128x256:
+                return launch.template operator()<Tile::kCooperative128x256, Rows::kInOrder, kMajor>();
             default:
                 return cudaErrorNotSupported;
         }
@@ -163,7 +167,7 @@ cudaError_t grouped_gemm(const GroupedGemmParams& p, Tile tile, cudaStream_t str
 }
 
 cudaError_t grouped_gemm(const GroupedGemmParams& p, cudaStream_t stream) {
-    return grouped_gemm(p, select_store_tile(p.n, is_gathered(p.in_rows), p.weight_k_stride == 1).tile, stream);
+    return grouped_gemm(p, select_store_tile(p.n, p.k, is_gathered(p.in_rows), p.weight_k_stride == 1).tile, stream);
 }
 
 // ---- With the activation ----
@@ -205,8 +209,8 @@ cudaError_t glu_gemm(const GluGemmParams& p, Tile tile, cudaStream_t stream) {
         case Tile::kPingPong128x192:
             return launch_grouped_gemm<Tile::kPingPong128x192, Rows::kGathered, Major::kK, EpilogueId::kSwiglu>(
                 gemm.dtype, a, stream);
-        case Tile::kCooperative128x256:
-            return launch_grouped_gemm<Tile::kCooperative128x256, Rows::kGathered, Major::kK, EpilogueId::kSwiglu>(
+        case Tile::kPaired128x256:
+            return launch_grouped_gemm<Tile::kPaired128x256, Rows::kGathered, Major::kK, EpilogueId::kSwiglu>(
                 gemm.dtype, a, stream);
         default:
             return cudaErrorNotSupported;
@@ -257,9 +261,9 @@ cudaError_t glu_backward_gemm(const GluBackwardGemmParams& p, Tile tile, cudaStr
         case Tile::kPingPong128x128:
             return launch_grouped_gemm<Tile::kPingPong128x128, Rows::kGathered, Major::kMn,
                                        EpilogueId::kSwigluBackward>(gemm.dtype, a, stream);
-        case Tile::kCooperative128x256:
-            return launch_grouped_gemm<Tile::kCooperative128x256, Rows::kGathered, Major::kMn,
-                                       EpilogueId::kSwigluBackward>(gemm.dtype, a, stream);
+        case Tile::kPaired128x256:
+            return launch_grouped_gemm<Tile::kPaired128x256, Rows::kGathered, Major::kMn, EpilogueId::kSwigluBackward>(
+                gemm.dtype, a, stream);
         default:
             return cudaErrorNotSupported;
     }
@@ -304,9 +308,15 @@ cudaError_t weight_grad(const WeightGradParams& p, Tile tile, cudaStream_t strea
         if (tile == Tile::kCooperative128x256) {
             return launch_weight_grad<Tile::kCooperative128x256, GatheredSide::kLeft>(p.dtype, a, stream);
         }
+        if (tile == Tile::kPaired128x256) {
+            return launch_weight_grad<Tile::kPaired128x256, GatheredSide::kLeft>(p.dtype, a, stream);
+        }
     } else if (right) {
         if (tile == Tile::kCooperative256x128) {
             return launch_weight_grad<Tile::kCooperative256x128, GatheredSide::kRight>(p.dtype, a, stream);
+        }
+        if (tile == Tile::kPaired256x128) {
+            return launch_weight_grad<Tile::kPaired256x128, GatheredSide::kRight>(p.dtype, a, stream);
         }
     } else {
         if (tile == Tile::kCooperative128x256) {
@@ -323,7 +333,7 @@ cudaError_t weight_grad(const WeightGradParams& p, cudaStream_t stream) {
     const GatheredSide gathered = is_gathered(p.left_rows)    ? GatheredSide::kLeft
                                   : is_gathered(p.right_rows) ? GatheredSide::kRight
                                                               : GatheredSide::kNeither;
-    return weight_grad(p, select_weight_grad_tile(p.n, gathered).tile, stream);
+    return weight_grad(p, select_weight_grad_tile(p.m, p.n, gathered).tile, stream);
 }
 
 }  // namespace scattermoe::kernels::sm90

@@ -23,7 +23,9 @@ struct GroupedGemm {
     using Arguments = GroupedGemmArguments<typename Epilogue::Arguments>;
     using Loop = Mainloop<Element, kTile, Major::kK, kWeightMajor>;
     using Layout = SharedLayout<kTile>;
-    using Ring = Pipeline<Layout::kStages>;
+    using Ring = typename Loop::Ring;
+    using Queue = TileQueue<tile_shape(kTile).paired>;
+    using Walker = TileWalker<tile_shape(kTile).m, tile_shape(kTile).paired>;
     using Position = typename Ring::Position;
     static constexpr TileShape kShape = tile_shape(kTile);
     static constexpr bool kGathers = kRows == Rows::kGathered;
@@ -33,7 +35,9 @@ struct GroupedGemm {
     // Boxes of at most 256 rows of the weight, or of 64 columns.
     __device__ __forceinline__ static void load_weight(const Arguments& p, uint32_t stage, uint32_t full,
                                                        const OutputTile& tile, int k) {
-        if constexpr (kWeightMajor == Major::kK) {
+        if constexpr (kShape.paired) {
+            load_half_weight(p, stage, full, tile, k, ptx::cluster_rank());
+        } else if constexpr (kWeightMajor == Major::kK) {
             constexpr int kBoxRows = kShape.n / kHalves;
 #pragma unroll
             for (int half = 0; half < kHalves; ++half) {
@@ -49,11 +53,30 @@ struct GroupedGemm {
         }
     }
 
+    // One block's part of what both of a pair multiply by.
+    __device__ __forceinline__ static void load_half_weight(const Arguments& p, uint32_t stage, uint32_t full,
+                                                            const OutputTile& tile, int k, int rank) {
+        if constexpr (kWeightMajor == Major::kK) {
+            constexpr int kBoxRows = kShape.n / kPair;
+            const int row = kHalves == 2 ? tile.column * kBoxRows : (tile.column * kPair + rank) * kBoxRows;
+            ptx::tma_load_multicast(stage + rank * kBoxRows * 128, p.weight_map, full, kPairMask, k, row,
+                                    kHalves == 2 ? rank ^ p.first_half : 0, tile.expert);
+        } else {
+            constexpr int kBoxes = kShape.n / 64 / kPair;
+#pragma unroll
+            for (int i = 0; i < kBoxes; ++i) {
+                const int block = rank * kBoxes + i;
+                ptx::tma_load_multicast(stage + block * kStageK * 128, p.weight_map, full, kPairMask,
+                                        tile.column * kShape.n + block * 64, k, tile.expert);
+            }
+        }
+    }
+
     // One warp; its first lane starts the copies.
-    __device__ __forceinline__ static void load_in_order(const Arguments& p, const Ring& ring, TileQueue queue,
+    __device__ __forceinline__ static void load_in_order(const Arguments& p, const Ring& ring, Queue queue,
                                                          uint32_t shared) {
         const int lane = threadIdx.x % kWarpSize;
-        TileWalker<kShape.m> walker(p.expert_offsets, p.num_experts, p.tiles_n);
+        Walker walker(p.expert_offsets, p.num_experts, p.tiles_n);
         Position at;
         OutputTile tile;
         int i = 0;
@@ -75,9 +98,9 @@ struct GroupedGemm {
     }
 
     // The whole warpgroup. A stage is full when each thread's copies have landed, and the weight's bytes.
-    __device__ __forceinline__ static void load_gathered(const Arguments& p, const Ring& ring, TileQueue queue,
+    __device__ __forceinline__ static void load_gathered(const Arguments& p, const Ring& ring, Queue queue,
                                                          uint32_t shared) {
-        TileWalker<kShape.m> walker(p.expert_offsets, p.num_experts, p.tiles_n);
+        Walker walker(p.expert_offsets, p.num_experts, p.tiles_n);
         GatheredTileRows<kShape.m> rows(p.in);
         Position at;
         OutputTile next;
@@ -105,11 +128,11 @@ struct GroupedGemm {
         if (threadIdx.x == 0) queue.end(i);
     }
 
-    __device__ __forceinline__ static void multiply(const Arguments& p, const Ring& ring, const TileQueue& queue,
+    __device__ __forceinline__ static void multiply(const Arguments& p, const Ring& ring, const Queue& queue,
                                                     uint32_t shared) {
         const int consumer = threadIdx.x / kWarpgroupThreads - 1, lane = threadIdx.x % kWarpSize;
         Epilogue epilogue(p.epilogue, shared + Layout::kStaging);
-        TileWalker<kShape.m> walker(p.expert_offsets, p.num_experts, p.tiles_n);
+        Walker walker(p.expert_offsets, p.num_experts, p.tiles_n);
         Position at;
         // Writes of the gathering threads reach the tensor cores only through a fence on this side of the barrier.
         const auto prepare = [](int, int) {
@@ -169,12 +192,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     extern __shared__ __align__(1024) unsigned char dynamic_shared[];
     const uint32_t shared = opaque_address(dynamic_shared);
     const typename Gemm::Ring ring(shared + Gemm::Layout::kBarriers);
-    const TileQueue queue(shared + Gemm::Layout::kQueue, p.tile_counter);
+    const typename Gemm::Queue queue(shared + Gemm::Layout::kQueue, p.tile_counter);
     if (threadIdx.x == 0) {
         ring.init(Gemm::kGathers ? 1 + kWarpgroupThreads : 1, Gemm::kShape.ping_pong);
         queue.init();
     }
-    __syncthreads();
+    sync_block<kTile>();
     if (threadIdx.x < kWarpgroupThreads) {
         ptx::setmaxnreg_decrease<kBudget.producer>();
         if constexpr (Gemm::kGathers) {
@@ -186,6 +209,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::setmaxnreg_increase<kBudget.consumer>();
         Gemm::multiply(p, ring, queue, shared);
     }
+    leave_block<kTile>();
 }
 
 }  // namespace scattermoe::kernels::sm90

@@ -46,22 +46,28 @@ cudaError_t launch_weight_grad(DType dtype, const WeightGradArguments& arguments
 
 extern SCATTERMOE_GROUPED_GEMM(kPingPong128x192, kInOrder, kK, kStore);
 extern SCATTERMOE_GROUPED_GEMM(kPingPong128x128, kInOrder, kK, kStore);
+extern SCATTERMOE_GROUPED_GEMM(kCooperative128x256, kInOrder, kK, kStore);
+extern SCATTERMOE_GROUPED_GEMM(kPaired128x256, kInOrder, kK, kStore);
 extern SCATTERMOE_GROUPED_GEMM(kPingPong128x192, kInOrder, kMn, kStore);
 extern SCATTERMOE_GROUPED_GEMM(kPingPong128x128, kInOrder, kMn, kStore);
+extern SCATTERMOE_GROUPED_GEMM(kCooperative128x256, kInOrder, kMn, kStore);
+extern SCATTERMOE_GROUPED_GEMM(kPaired128x256, kInOrder, kMn, kStore);
 
 extern SCATTERMOE_GROUPED_GEMM(kPingPong128x192, kGathered, kK, kStore);
-extern SCATTERMOE_GROUPED_GEMM(kCooperative128x256, kGathered, kK, kStore);
-extern SCATTERMOE_GROUPED_GEMM(kCooperative128x256, kGathered, kMn, kStore);
+extern SCATTERMOE_GROUPED_GEMM(kPaired128x256, kGathered, kK, kStore);
+extern SCATTERMOE_GROUPED_GEMM(kPaired128x256, kGathered, kMn, kStore);
 
 extern SCATTERMOE_GROUPED_GEMM(kPingPong128x192, kGathered, kK, kSwiglu);
-extern SCATTERMOE_GROUPED_GEMM(kCooperative128x256, kGathered, kK, kSwiglu);
+extern SCATTERMOE_GROUPED_GEMM(kPaired128x256, kGathered, kK, kSwiglu);
 
 extern SCATTERMOE_GROUPED_GEMM(kPingPong128x128, kGathered, kMn, kSwigluBackward);
-extern SCATTERMOE_GROUPED_GEMM(kCooperative128x256, kGathered, kMn, kSwigluBackward);
+extern SCATTERMOE_GROUPED_GEMM(kPaired128x256, kGathered, kMn, kSwigluBackward);
 
 extern SCATTERMOE_WEIGHT_GRAD(kPingPong128x192, kNeither);
 extern SCATTERMOE_WEIGHT_GRAD(kCooperative128x256, kNeither);
 extern SCATTERMOE_WEIGHT_GRAD(kCooperative128x256, kLeft);
+extern SCATTERMOE_WEIGHT_GRAD(kPaired128x256, kLeft);
 extern SCATTERMOE_WEIGHT_GRAD(kCooperative256x128, kRight);
+extern SCATTERMOE_WEIGHT_GRAD(kPaired256x128, kRight);
 
 }  // namespace scattermoe::kernels::sm90

@@ -35,8 +35,8 @@ struct EpilogueOf<EpilogueId::kSwigluBackward, Element, kTile> {
 
 // One block on every SM, or fewer where there are fewer tiles.
 template <typename Arguments>
-cudaError_t launch_persistent(void (*kernel)(Arguments), OncePerDevice& shared_allowed, int shared, int64_t tiles,
-                              const Arguments& arguments, cudaStream_t stream) {
+cudaError_t launch_persistent(void (*kernel)(Arguments), OncePerDevice& shared_allowed, bool paired, int shared,
+                              int64_t tiles, const Arguments& arguments, cudaStream_t stream) {
     int device = 0, multiprocessors = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) {
@@ -49,9 +49,19 @@ cudaError_t launch_persistent(void (*kernel)(Arguments), OncePerDevice& shared_a
     if (error != cudaSuccess) return error;
     // Tile numbers run past the last by some grids.
     if (tiles > INT32_MAX - 4 * multiprocessors) return cudaErrorInvalidConfiguration;
-    const int64_t blocks = std::clamp<int64_t>(tiles, 1, multiprocessors);
-    kernel<<<static_cast<unsigned>(blocks), kThreads, shared, stream>>>(arguments);
-    return cudaGetLastError();
+    const int cluster = paired ? kPair : 1;
+    const int64_t clusters = std::clamp<int64_t>(tiles, 1, std::max(multiprocessors / cluster, 1));
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = static_cast<unsigned>(clusters * cluster);
+    config.blockDim = kThreads;
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = paired ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 
 template <typename F>
@@ -68,11 +78,20 @@ cudaError_t launch_grouped_gemm(DType dtype, const ArgumentsOf<kEpilogue>& argum
         static OncePerDevice shared_allowed;
         using Epilogue = typename EpilogueOf<kEpilogue, Element, kTile>::Type;
         // Tiles of rows: one for each full one, and a ragged one for each expert that has rows.
-        const int64_t tiles =
-            max_row_tiles(arguments.num_slots, arguments.num_experts, tile_shape(kTile).m) * arguments.tiles_n;
+        const int64_t tiles = max_row_tiles(arguments.num_slots, arguments.num_experts,
+                                            tile_shape(kTile).m * (tile_shape(kTile).paired ? kPair : 1)) *
+                              arguments.tiles_n;
         return launch_persistent(grouped_gemm_kernel<Element, kTile, kRows, kWeightMajor, Epilogue>, shared_allowed,
-                                 shared_bytes(kTile), tiles, arguments, stream);
+                                 tile_shape(kTile).paired, shared_bytes(kTile), tiles, arguments, stream);
     });
+}
+
+// Or of pairs of tiles.
+template <Tile kTile>
+int64_t number_of_tiles(const WeightGradArguments& p) {
+    constexpr TileShape kShape = tile_shape(kTile);
+    return ceil_div(p.tiles_m, kShape.paired && kShape.m < kShape.n ? kPair : 1) *
+           ceil_div(p.tiles_n, kShape.paired && kShape.m > kShape.n ? kPair : 1);
 }
 
 template <Tile kTile, GatheredSide kGathered>
@@ -80,9 +99,9 @@ cudaError_t launch_weight_grad(DType dtype, const WeightGradArguments& arguments
     return dispatch_half(dtype, [&](auto tag) {
         using Element = typename decltype(tag)::type;
         static OncePerDevice shared_allowed;
-        const int64_t tiles = int64_t{arguments.num_experts} * arguments.tiles_m * arguments.tiles_n;
+        const int64_t tiles = int64_t{arguments.num_experts} * number_of_tiles<kTile>(arguments);
         return launch_persistent(weight_grad_kernel<Element, kTile, kGathered>, shared_allowed,
-                                 weight_grad_shared_bytes(kTile), tiles, arguments, stream);
+                                 tile_shape(kTile).paired, weight_grad_shared_bytes(kTile), tiles, arguments, stream);
     });
 }
 

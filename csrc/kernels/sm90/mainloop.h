@@ -34,7 +34,7 @@ struct Mainloop {
     static constexpr TileShape kShape = tile_shape(kTile);
     static constexpr int kBlocks = kShape.consumer_blocks();
     using Layout = SharedLayout<kTile>;
-    using Ring = Pipeline<Layout::kStages>;
+    using Ring = Pipeline<Layout::kStages, kShape.paired>;
     using Position = typename Ring::Position;
     using A = StageOperand<kMajorA>;
     using B = StageOperand<kMajorB>;

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../ptx/cluster.h"
 #include "../ptx/cp_async.h"
 #include "../ptx/mbarrier.h"
 #include "tile.h"
@@ -39,7 +40,8 @@ struct RingPosition {
 
 // Barriers of a block, as shared-memory addresses. A stage is full when its bytes have landed, empty when the
 // consumers' products have read it.
-template <int kStages>
+// kPaired: a stage is empty when the consumers of both blocks have read it, for each block fills part of both's.
+template <int kStages, bool kPaired = false>
 class Pipeline {
   public:
     using Position = RingPosition<kStages>;
@@ -50,7 +52,8 @@ class Pipeline {
     __device__ __forceinline__ void init(int full_arrivals, bool ping_pong) const {
         for (int stage = 0; stage < kStages; ++stage) {
             ptx::mbarrier_init(full(stage), full_arrivals);
-            ptx::mbarrier_init(empty(stage), ping_pong ? 4 : kConsumerWarps);  // a lane of each warp that reads it
+            // A lane of each warp that reads it.
+            ptx::mbarrier_init(empty(stage), ping_pong ? 4 : kConsumerWarps * (kPaired ? kPair : 1));
         }
         for (int consumer = 0; consumer < kConsumers; ++consumer)
             ptx::mbarrier_init(turn(consumer), 4);
@@ -66,7 +69,11 @@ class Pipeline {
         ptx::mbarrier_wait(empty(at.stage), at.parity ^ 1);
     }
     __device__ __forceinline__ void release(int stage, int lane) const {
-        if (lane == 0) ptx::mbarrier_arrive(empty(stage));
+        if constexpr (kPaired) {
+            if (lane < kPair) ptx::mbarrier_arrive_cluster(ptx::cluster_address(empty(stage), lane));
+        } else {
+            if (lane == 0) ptx::mbarrier_arrive(empty(stage));
+        }
     }
 
     // Ping-pong consumers issue the products of their tiles in turns: for the tensor cores' sake, and because a stage's
@@ -93,6 +100,21 @@ __device__ __forceinline__ uint32_t opaque_address(const void* shared) {
     uint32_t address = ptx::shared_address(shared);
     asm volatile("" : "+r"(address));
     return address;
+}
+
+// Once barriers are there ...
+template <Tile kTile>
+__device__ __forceinline__ void sync_block() {
+    if constexpr (tile_shape(kTile).paired) {
+        ptx::cluster_sync();
+    } else {
+        __syncthreads();
+    }
+}
+// ... and when they are not needed any more: the other of a pair may still reach for them.
+template <Tile kTile>
+__device__ __forceinline__ void leave_block() {
+    if constexpr (tile_shape(kTile).paired) ptx::cluster_sync();
 }
 
 // Where things lie in the block's shared memory. Tiles start at multiples of 1024 bytes, as the swizzle wants.

@@ -19,13 +19,21 @@ constexpr bool wastes_more(int64_t n, int tile, int other, int part) {
     return round_up(n, tile) > round_up(n, other) + round_up(n, other) / part;
 }
 
-// out = in W^T.
-constexpr TileChoice select_store_tile(int64_t n, bool gathered, bool weight_k_contiguous) {
+// Of which nobody finds in L2 what was read a tile ago.
+inline constexpr int64_t kLongContraction = 8192;
+
+// out = in W^T, k: the contraction.
+constexpr TileChoice select_store_tile(int64_t n, int64_t k, bool gathered, bool weight_k_contiguous) {
     if (gathered) {
         if (weight_k_contiguous && wastes_more(n, 256, 192, 64)) {
             return {Tile::kPingPong128x192, "ping-pong 128x192: fewer columns for nothing than 128x256"};
         }
-        return {Tile::kCooperative128x256, "cooperative 128x256: four long stages cover the latency of gathering"};
+        return {Tile::kPaired128x256, "paired 128x256: the least traffic for each product"};
+    }
+    if (!wastes_more(n, 256, 192, 20) && !wastes_more(n, 256, 128, 20)) {
+        if (k > kLongContraction) return {Tile::kCooperative128x256, "cooperative 128x256: memory is read the least"};
+        if (k > 1024) return {Tile::kPaired128x256, "paired 128x256: the least traffic for each product"};
+        if (k <= 256) return {Tile::kCooperative128x256, "cooperative 128x256: few stages a tile"};
     }
     if (!wastes_more(n, 192, 128, 24)) {
         return {Tile::kPingPong128x192, "ping-pong 128x192 (registers: 192 accumulators)"};
@@ -37,12 +45,12 @@ constexpr TileChoice select_store_tile(int64_t n, bool gathered, bool weight_k_c
 // other consumer's products, but asks more of L2, which is what these products wait for.
 constexpr TileChoice select_glu_tile(int64_t width, bool needs_room) {
     constexpr Tile kNarrow = Tile::kPingPong128x192;
-    static_assert(!has_room_for_glu(kNarrow) && has_room_for_glu(Tile::kCooperative128x256));
+    static_assert(!has_room_for_glu(kNarrow) && has_room_for_glu(Tile::kPaired128x256));
     if (!needs_room && wastes_more(width, 128, tile_shape(kNarrow).n / 2, 20)) {
         return {kNarrow, "ping-pong 128x192: fewer columns for nothing than 128x256"};
     }
-    return {Tile::kCooperative128x256, needs_room ? "cooperative 128x256: registers for a bias or interleaved columns"
-                                                  : "cooperative 128x256: the least traffic for each product"};
+    return {Tile::kPaired128x256, needs_room ? "paired 128x256: registers for a bias or interleaved columns"
+                                             : "paired 128x256: the least traffic for each product"};
 }
 
 // The product with W_down that goes on through the activation's backward. k: the contraction.
@@ -50,23 +58,27 @@ constexpr TileChoice select_glu_backward_tile(int64_t n, int64_t k) {
     if (k < 2048 || wastes_more(n, 256, 128, 20)) {
         return {Tile::kPingPong128x128, "ping-pong 128x128: the activation runs beside the other consumer's products"};
     }
-    return {Tile::kCooperative128x256, "cooperative 128x256: the least traffic for each product"};
+    return {Tile::kPaired128x256, "paired 128x256: the least traffic for each product"};
 }
 
 // Whether tiles are dealt out as blocks ask for them, or beforehand. With a short contraction, asking costs more than
 // blocks that drift apart; with a very long one, nobody finds in L2 what was read a tile ago.
 constexpr bool deals_tiles(int64_t k) {
-    return k > 512 && k <= 8192;
+    return k > 512 && k <= kLongContraction;
 }
 
 // out[e] = left^T right, left and right of m and n columns.
 enum class GatheredSide : int { kNeither, kLeft, kRight };
 
-constexpr TileChoice select_weight_grad_tile(int64_t n, GatheredSide gathered) {
+constexpr TileChoice select_weight_grad_tile(int64_t m, int64_t n, GatheredSide gathered) {
     switch (gathered) {
         case GatheredSide::kLeft:
+            if (!wastes_more(m, 256, 128, 8))
+                return {Tile::kPaired128x256, "paired 128x256: the gathered side is the short one"};
             return {Tile::kCooperative128x256, "cooperative 128x256: the gathered side is the short one"};
         case GatheredSide::kRight:
+            if (!wastes_more(n, 256, 128, 8))
+                return {Tile::kPaired256x128, "paired 256x128: the gathered side is the short one"};
             return {Tile::kCooperative256x128, "cooperative 256x128: the gathered side is the short one"};
         case GatheredSide::kNeither:
             break;

@@ -3,21 +3,28 @@
 // The tiles there are on Hopper and what they need of an SM. No CUDA header: the choice between them is tested on the
 // host.
 
+#include <cstdint>
+
 #include "../types.h"
 
 namespace scattermoe::kernels::sm90 {
 
 // A block computes output tiles of m x n, one after the other, with one warpgroup that loads and two that multiply.
 // Cooperative: the two share a tile, half its rows each. Ping-pong: each has a tile of its own, and one's epilogue runs
-// while the other keeps the tensor cores busy.
+// while the other keeps the tensor cores busy. Paired: cooperative, and two blocks of a cluster compute neighbouring
+// tiles that have the wide operand in common, of which each fetches half for both: a third less comes from L2.
 enum class Tile : int {
     kPingPong128x192,
     kPingPong128x128,
     kCooperative128x256,
     kCooperative256x128,
+    kPaired128x256,
+    kPaired256x128,
 };
 
 inline constexpr int kConsumers = 2;
+inline constexpr int kPair = 2;  // blocks of a cluster
+inline constexpr uint16_t kPairMask = (1 << kPair) - 1;
 inline constexpr int kStageK = 64;  // of the contraction in one stage: 128 bytes, the width of the swizzle
 
 struct TileShape {
@@ -25,6 +32,7 @@ struct TileShape {
     int n;
     bool ping_pong;
     int staging_buffers;  // 2 KB each, for every consumer warp: what the stages leave room for
+    bool paired = false;  // m and n are one block's
 
     SCATTERMOE_HD constexpr int a_bytes() const { return m * kStageK * 2; }
     SCATTERMOE_HD constexpr int b_bytes() const { return n * kStageK * 2; }
@@ -44,6 +52,10 @@ SCATTERMOE_HD constexpr TileShape tile_shape(Tile tile) {
             return {128, 256, false, 2};
         case Tile::kCooperative256x128:
             return {256, 128, false, 2};
+        case Tile::kPaired128x256:
+            return {128, 256, false, 2, true};
+        case Tile::kPaired256x128:
+            return {256, 128, false, 2, true};
     }
     return {};
 }
@@ -61,7 +73,7 @@ SCATTERMOE_HD constexpr int staging_bytes(Tile tile) {
     return kConsumerWarps * tile_shape(tile).staging_buffers * kStagingBufferBytes;
 }
 
-// As many stages as fit: 5, 6, 4, 4 for the tiles in their order. Ping-pong tiles want five or six, and gathered rows
+// As many stages as fit: 5 and 6 for ping-pong tiles, else 4. Ping-pong tiles want five or six, and gathered rows
 // some 3000 cycles of products in flight.
 SCATTERMOE_HD constexpr int stage_count(Tile tile) {
     return (kSharedBytes - kBarrierBytes - staging_bytes(tile)) / tile_shape(tile).stage_bytes();

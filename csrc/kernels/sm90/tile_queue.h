@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "../ptx/cluster.h"
 #include "../vector.h"
 #include "tile.h"
 
@@ -17,6 +18,9 @@ namespace scattermoe::kernels::sm90 {
 // second before, and published when it begins the one before: nobody waits for the counter. An entry holds a number and
 // which of the block's tiles it belongs to, in one piece, and is its own flag. Nobody is asked whether an entry may be
 // overwritten: the producer is never further ahead of a consumer than there are stages, each tile having one at least.
+//
+// A pair has its tiles in common; the first block fetches numbers and publishes them to both.
+template <bool kPaired>
 class TileQueue {
   public:
     __device__ __forceinline__ TileQueue(uint32_t entries, int* counter) : entries_(entries), counter_(counter) {}
@@ -43,18 +47,29 @@ class TileQueue {
 
     // One thread of the producer, when it begins tile `i` ...
     __device__ __forceinline__ void begin(int i) {
-        if (i > 0) store(i + 1, fetched_, i + 1);
-        fetched_ = counter_ == nullptr ? own(i + kOwn) : kOwn * static_cast<int>(gridDim.x) + atomicAdd(counter_, 1);
+        if (follows()) return;
+        if (i > 0) publish(i + 1, fetched_);
+        fetched_ = counter_ == nullptr ? own(i + kOwn) : kOwn * holders() + atomicAdd(counter_, 1);
     }
     // ... and when there is no tile `i`.
-    __device__ __forceinline__ void end(int i) const { store(i + 1, INT32_MAX, i + 1); }
+    __device__ __forceinline__ void end(int i) const {
+        if (!follows()) publish(i + 1, INT32_MAX);
+    }
 
   private:
     static constexpr int kOwn = 2;
+    static constexpr int kBlocks = kPaired ? kPair : 1;
     static_assert(kQueueEntries > kMaxStages + 3 && kQueueEntries * 8 <= kQueueBytes);
 
-    __device__ __forceinline__ static int own(int i) {
-        return static_cast<int>(blockIdx.x) + i * static_cast<int>(gridDim.x);
+    __device__ __forceinline__ static int own(int i) { return static_cast<int>(blockIdx.x) / kBlocks + i * holders(); }
+    // Blocks, or pairs, that have tiles.
+    __device__ __forceinline__ static int holders() { return static_cast<int>(gridDim.x) / kBlocks; }
+    __device__ __forceinline__ bool follows() const {
+        return kPaired && counter_ != nullptr && ptx::cluster_rank() != 0;
+    }
+    __device__ __forceinline__ void publish(int i, int number) const {
+        store(i, number, i);
+        if (kPaired && counter_ != nullptr) ptx::store_cluster_64(ptx::cluster_address(entry(i), 1), number, i);
     }
     __device__ __forceinline__ uint32_t entry(int i) const { return entries_ + i % kQueueEntries * 8; }
     __device__ __forceinline__ void store(int i, int number, int tile) const {

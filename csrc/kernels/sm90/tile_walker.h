@@ -7,8 +7,10 @@
 
 #include <cstdint>
 
+#include "../ptx/cluster.h"
 #include "../tile_scheduler.h"
 #include "../vector.h"
+#include "tile.h"
 
 namespace scattermoe::kernels::sm90 {
 
@@ -18,13 +20,27 @@ struct OutputTile {
     int32_t row;   // grouped position of the first
     int32_t rows;  // of the tile that are the expert's: from 1 up, more than a tile has where others follow
     int column;    // tile of columns
+
+    // What one of a pair has of a tile of twice kTileM rows: half, of full ones kTileM; or none.
+    template <int kTileM>
+    __device__ __forceinline__ void take_part(int rank) {
+        const int first = rows > kTileM ? kTileM : kTileM / 2;
+        if (rank == 0) {
+            rows = min(rows, first);
+        } else {
+            rows = max(rows - first, 0);
+            row += rows > 0 ? first : 0;
+        }
+    }
 };
 
 // Turns ascending tile numbers into tiles, for any number of experts without a table: lane l of the warp stands for
 // expert w + l of a window of experts and holds how many tiles there are up to its end, so that a ballot finds a
 // number's expert. Windows only go forward.
-template <int kTileM>
+template <int kTileM, bool kPaired = false>
 class TileWalker {
+    static constexpr int kRows = kTileM * (kPaired ? kPair : 1);  // of a number's tile, a pair's together
+
   public:
     __device__ __forceinline__ TileWalker(const int32_t* expert_offsets, int num_experts, int tiles_n)
         : expert_offsets_(expert_offsets), num_experts_(num_experts), tiles_n_(tiles_n) {
@@ -47,15 +63,16 @@ class TileWalker {
         const int32_t begin = __ldg(expert_offsets_ + tile.expert), end = __ldg(expert_offsets_ + tile.expert + 1);
         const int tiles_m = row_tiles(begin, end);
         const TileIndex index = banded_order(number - (end_tile - tiles_m * tiles_n_), tiles_m, tiles_n_);
-        tile.row = begin + index.m * kTileM;
+        tile.row = begin + index.m * kRows;
         tile.rows = end - tile.row;
         tile.column = index.n;
+        if constexpr (kPaired) tile.take_part<kTileM>(ptx::cluster_rank());
         return true;
     }
 
   private:
     __device__ __forceinline__ static int row_tiles(int32_t begin, int32_t end) {
-        return (end - begin + kTileM - 1) / kTileM;
+        return (end - begin + kRows - 1) / kRows;
     }
 
     __device__ __forceinline__ void load_window(int tiles_before) {

@@ -34,6 +34,7 @@ struct DepthTile {
 
 // Tiles in the order of their numbers: an expert's one after the other, experts with many rows first. Their tiles take
 // longest, and what is left for the end should be short.
+template <int kPairM, int kPairN>
 class DepthTiles {
   public:
     // `order`: shared memory for the experts' order. The block calls it together; `scratch` is free again afterwards,
@@ -70,15 +71,17 @@ class DepthTiles {
 
     // False past the last. The whole warp asks.
     __device__ __forceinline__ bool find(int number, DepthTile& tile) const {
-        const int tiles = p.tiles_m * p.tiles_n, place = number / tiles;
+        const int tiles_m = (p.tiles_m + kPairM - 1) / kPairM, tiles_n = (p.tiles_n + kPairN - 1) / kPairN;
+        const int tiles = tiles_m * tiles_n, place = number / tiles;
         if (place >= p.num_experts) return false;
         tile.expert = place;
         if (is_ordered()) {
             tile.expert = __reduce_max_sync(kFullWarp, ptx::load_shared_16(order_ + place * 2));
         }
-        const TileIndex index = banded_order(number - place * tiles, p.tiles_m, p.tiles_n);
-        tile.row = index.m;
-        tile.column = index.n;
+        const TileIndex index = banded_order(number - place * tiles, tiles_m, tiles_n);
+        const int rank = kPairM * kPairN == 1 ? 0 : ptx::cluster_rank();
+        tile.row = index.m * kPairM + (kPairM == 1 ? 0 : rank);
+        tile.column = index.n * kPairN + (kPairN == 1 ? 0 : rank);
         tile.begin = __ldg(p.expert_offsets + tile.expert);
         tile.depth = __ldg(p.expert_offsets + tile.expert + 1) - tile.begin;
         return true;
@@ -96,14 +99,31 @@ struct WeightGrad {
     using Arguments = WeightGradArguments;
     using Loop = Mainloop<Element, kTile, Major::kMn, Major::kMn>;
     using Layout = SharedLayout<kTile>;
-    using Ring = Pipeline<Layout::kStages>;
+    using Ring = typename Loop::Ring;
     using Position = typename Ring::Position;
+    using Queue = TileQueue<tile_shape(kTile).paired>;
     static constexpr TileShape kShape = tile_shape(kTile);
+    // The wide operand is what a pair has in common.
+    static constexpr bool kSharesLeft = kShape.paired && kShape.m > kShape.n;
+    static constexpr bool kSharesRight = kShape.paired && !kSharesLeft;
+    using Tiles = DepthTiles<kSharesRight ? kPair : 1, kSharesLeft ? kPair : 1>;
     static constexpr bool kGathers = kGathered != GatheredSide::kNeither;
     static constexpr bool kLeftInOrder = kGathered != GatheredSide::kLeft;
     static constexpr bool kRightInOrder = kGathered != GatheredSide::kRight;
     static constexpr int kBulkBytes = (kLeftInOrder ? kShape.a_bytes() : 0) + (kRightInOrder ? kShape.b_bytes() : 0);
     static constexpr int kBlockBytes = kStageK * 128;  // 64 rows of 64 columns
+
+    // Of a shared operand, each of a pair loads half the boxes for both.
+    template <bool kShared, int kBoxes>
+    __device__ __forceinline__ static void load_box(int block, uint32_t operand, const CUtensorMap& map, uint32_t full,
+                                                    int column, int row) {
+        const uint32_t target = operand + block * kBlockBytes;
+        if constexpr (!kShared) {
+            ptx::tma_load(target, map, full, column + block * 64, row);
+        } else if (block / (kBoxes / kPair) == ptx::cluster_rank()) {
+            ptx::tma_load_multicast(target, map, full, kPairMask, column + block * 64, row);
+        }
+    }
 
     // Starts the bulk copies of a stage: boxes of 64 columns, zero past the matrix's last.
     __device__ __forceinline__ static void load_in_order(const Arguments& p, const Ring& ring, const Position& at,
@@ -114,22 +134,22 @@ struct WeightGrad {
         if constexpr (kLeftInOrder) {
 #pragma unroll
             for (int block = 0; block < kShape.m / 64; ++block) {
-                ptx::tma_load(shared + at.stage * kShape.a_bytes() + block * kBlockBytes, p.left_map, full,
-                              tile.row * kShape.m + block * 64, first);
+                load_box<kSharesLeft, kShape.m / 64>(block, shared + at.stage * kShape.a_bytes(), p.left_map, full,
+                                                     tile.row * kShape.m, first);
             }
         }
         if constexpr (kRightInOrder) {
 #pragma unroll
             for (int block = 0; block < kShape.n / 64; ++block) {
-                ptx::tma_load(shared + Layout::kB + at.stage * kShape.b_bytes() + block * kBlockBytes, p.right_map,
-                              full, tile.column * kShape.n + block * 64, first);
+                load_box<kSharesRight, kShape.n / 64>(block, shared + Layout::kB + at.stage * kShape.b_bytes(),
+                                                      p.right_map, full, tile.column * kShape.n, first);
             }
         }
     }
 
     // One warp; its first lane starts the copies.
-    __device__ __forceinline__ static void load(const Arguments& p, const Ring& ring, const DepthTiles& tiles,
-                                                TileQueue queue, uint32_t shared) {
+    __device__ __forceinline__ static void load(const Arguments& p, const Ring& ring, const Tiles& tiles, Queue queue,
+                                                uint32_t shared) {
         Position at;
         DepthTile tile;
         int i = 0;
@@ -150,14 +170,14 @@ struct WeightGrad {
     // Groups of stages, one tile's after the other's: what row numbers are looked up for at once.
     template <int kStagesAtOnce>
     struct StageGroups {
-        const DepthTiles& tiles;
-        TileQueue& queue;
+        const Tiles& tiles;
+        Queue& queue;
         int i = 0;
         int k_block = 0;
         DepthTile tile;
         bool more;
 
-        __device__ __forceinline__ StageGroups(const DepthTiles& all, TileQueue& numbers) : tiles(all), queue(numbers) {
+        __device__ __forceinline__ StageGroups(const Tiles& all, Queue& numbers) : tiles(all), queue(numbers) {
             enter();
         }
         __device__ __forceinline__ void next() {
@@ -183,8 +203,8 @@ struct WeightGrad {
     };
 
     // The whole warpgroup; row numbers are looked up a group of stages ahead.
-    __device__ __forceinline__ static void load_gathered(const Arguments& p, const Ring& ring, const DepthTiles& tiles,
-                                                         TileQueue queue, uint32_t shared) {
+    __device__ __forceinline__ static void load_gathered(const Arguments& p, const Ring& ring, const Tiles& tiles,
+                                                         Queue queue, uint32_t shared) {
         constexpr bool kLeft = kGathered == GatheredSide::kLeft;
         constexpr int kExtent = kLeft ? kShape.m : kShape.n;
         constexpr int kOffset = kLeft ? 0 : Layout::kB;
@@ -239,8 +259,8 @@ struct WeightGrad {
         ptx::named_barrier_sync<kWriters>(static_cast<int>(NamedBarrier::kTail) + (kShape.ping_pong ? consumer : 0));
     }
 
-    __device__ __forceinline__ static void multiply(const Arguments& p, const Ring& ring, const DepthTiles& tiles,
-                                                    const TileQueue& queue, uint32_t shared) {
+    __device__ __forceinline__ static void multiply(const Arguments& p, const Ring& ring, const Tiles& tiles,
+                                                    const Queue& queue, uint32_t shared) {
         using Store = StagedStore<Element, kStoreColumns, kShape.staging_buffers>;
         const ConsumerWarp<kTile> warp;
         Store store(warp.staging(shared + Layout::kStaging));
@@ -309,13 +329,13 @@ __global__ void __launch_bounds__(kThreads, 1) weight_grad_kernel(const __grid_c
     extern __shared__ __align__(1024) unsigned char dynamic_shared[];
     const uint32_t shared = opaque_address(dynamic_shared);
     const typename Grad::Ring ring(shared + Grad::Layout::kBarriers);
-    const TileQueue queue(shared + Grad::Layout::kQueue, p.tile_counter);
-    const DepthTiles tiles(p, shared + shared_bytes(kTile), shared);
+    const typename Grad::Queue queue(shared + Grad::Layout::kQueue, p.tile_counter);
+    const typename Grad::Tiles tiles(p, shared + shared_bytes(kTile), shared);
     if (threadIdx.x == 0) {
         ring.init(Grad::kGathers ? 1 + kWarpgroupThreads : 1, Grad::kShape.ping_pong);
         queue.init();
     }
-    __syncthreads();
+    sync_block<kTile>();
     if (threadIdx.x < kWarpgroupThreads) {
         ptx::setmaxnreg_decrease<kBudget.producer>();
         if constexpr (Grad::kGathers) {
@@ -327,6 +347,7 @@ __global__ void __launch_bounds__(kThreads, 1) weight_grad_kernel(const __grid_c
         ptx::setmaxnreg_increase<kBudget.consumer>();
         Grad::multiply(p, ring, tiles, queue, shared);
     }
+    leave_block<kTile>();
 }
 
 }  // namespace scattermoe::kernels::sm90

@@ -2,6 +2,6 @@
 
 namespace scattermoe::kernels::sm90 {
 
-SCATTERMOE_GROUPED_GEMM(kCooperative128x256, kGathered, kK, kSwiglu);
+SCATTERMOE_WEIGHT_GRAD(kPaired256x128, kRight);
 
 }  // namespace scattermoe::kernels::sm90

@@ -2,6 +2,6 @@
 
 namespace scattermoe::kernels::sm90 {
 
-SCATTERMOE_GROUPED_GEMM(kCooperative128x256, kGathered, kMn, kStore);
+SCATTERMOE_GROUPED_GEMM(kPaired128x256, kInOrder, kK, kStore);
 
 }  // namespace scattermoe::kernels::sm90

@@ -1,0 +1,7 @@
+#include "../launch.h"
+
+namespace scattermoe::kernels::sm90 {
+
+SCATTERMOE_GROUPED_GEMM(kPaired128x256, kGathered, kMn, kStore);
+
+}  // namespace scattermoe::kernels::sm90

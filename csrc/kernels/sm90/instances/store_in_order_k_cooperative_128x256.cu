@@ -1,0 +1,7 @@
+#include "../launch.h"
+
+namespace scattermoe::kernels::sm90 {
+
+SCATTERMOE_GROUPED_GEMM(kCooperative128x256, kInOrder, kK, kStore);
+
+}  // namespace scattermoe::kernels::sm90
