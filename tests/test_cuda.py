@@ -208,6 +208,33 @@ def test_every_element_is_written(dtype: torch.dtype, routing: str, sizes: tuple
             assert_same(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 5, 6, 7, 8, 10, 16])
+@pytest.mark.parametrize("routing", ["skewed", "sentinels"])
+@pytest.mark.parametrize("width", [8, 512])
+def test_sum_beside_a_gradient_of_weights(dtype: torch.dtype, top_k: int, routing: str, width: int) -> None:
+    # Hopper sums the rows of dx while it computes the gradient of w_up (width 8) or of w_down.
+    experts, tokens, hidden = 16, 640 // top_k + 33, 8 * (top_k * top_k + 3)
+    x, grad = make((tokens, hidden), dtype, 1).to(CUDA), make((tokens, hidden), dtype, 2).to(CUDA)
+    w_up = make((experts, 2 * width, hidden), dtype, 3).to(CUDA)
+    w_down = make((experts, hidden, width), dtype, 4).to(CUDA)
+    z, gates = make((tokens * top_k, 2 * width), dtype, 5).to(CUDA), torch.rand(tokens, top_k, device=CUDA)
+    r = scattermoe.route(make_ids(tokens, top_k, experts, routing, 6).to(CUDA), experts)
+    tensors = (grad, x, w_up, w_down, None, gates, z, r.slot_order, r.slot_position, r.expert_offsets)
+
+    def gradients(of_x: bool, of_weights: bool) -> list[Tensor]:
+        mask = [of_x, of_weights, False, of_weights, False, False]
+        of = torch.ops.scattermoe._moe_mlp_backward(*tensors, "swiglu", "gate_up", 1.0, 1.0, None, mask)
+        return [of[0], of[1], of[3]]
+
+    expected = [gradients(True, False)[0], *gradients(False, True)[1:]]
+    with poisoned_memory() as poison:
+        poison()
+        found = gradients(True, True)
+    assert all(bool(t.isfinite().all()) for t in found)
+    assert_same(found, expected)
+
+
 def test_every_index_is_written() -> None:
     ids = make_ids(1000, 3, 60, "sentinels", 0).to(CUDA)
     expected = [t.clone() for t in scattermoe.route(ids, 60)]

@@ -77,11 +77,35 @@ def test_hopper() -> None:
     assert kernels("moe_mlp", device="sm_90") == ["sm90::grouped_gemm_kernel"] * 2 + ["combine_kernel"]
     assert explain("moe_mlp", device="sm_90", **SIZES)[0].step == "up projection with activation"
     gemm, grad = "sm90::grouped_gemm_kernel", "sm90::weight_grad_kernel"
-    backward = [gemm, "gate_grad_kernel", grad, gemm, "combine_kernel", grad]
+    backward = [gemm, "gate_grad_kernel", gemm, grad, grad]
     assert kernels("moe_mlp", device="sm_90", backward=True) == backward
     assert "gate_grad_bias_kernel" in kernels("moe_mlp", device="sm_90", backward=True, bias=True)
     fused = [explain("moe_mlp", device="sm_90", backward=True, **{**SIZES, "hidden_size": h})[0] for h in (1024, 2048)]
     assert [launch.tile for launch in fused] == [(128, 128, 64), (128, 256, 64)]
+
+
+def test_sum_beside_a_gradient_of_weights() -> None:
+    gemm, grad = "sm90::grouped_gemm_kernel", "sm90::weight_grad_kernel"
+
+    def places(**sizes: Any) -> list[str]:
+        launches = explain("moe_mlp", device="sm_90", backward=True, **{**SIZES, **sizes})[2:]
+        assert [launch.kernel for launch in launches if launch.kernel != "combine_kernel"].count(grad) == 2
+        assert all(("fourth warpgroup" in launch.why) == ("beside" in launch.step) for launch in launches)
+        return [f"{'sum and ' * ('beside' in launch.step)}{launch.kernel}" for launch in launches]
+
+    # Beside the gradient of w_down, which is the smaller; of w_up where the other is too short to hide the sum, or to be had
+    # for less memory: 16384 slots, 16 experts.
+    assert places() == [gemm, f"sum and {grad}", grad]
+    assert places(num_experts=64) == [gemm, f"sum and {grad}", grad]
+    assert places(intermediate_size=504) == [grad, gemm, f"sum and {grad}"]
+    assert places(hidden_size=504) == [grad, gemm, f"sum and {grad}"]
+    # By itself where the gradient of w_up is larger than the rows, but not than what the gradient of w_down is computed from.
+    assert places(hidden_size=64, intermediate_size=1024) == [grad, gemm, "combine_kernel", grad]
+    # Kernels that have no fourth warpgroup.
+    other: dict[str, Any]
+    for other in ({"dtype": "float32"}, {"hidden_size": 1020}, {"device": "sm_80"}):
+        names = kernels("moe_mlp", **{"device": "sm_90", "backward": True, **other})
+        assert names[-2] == "combine_kernel" and names[-1].endswith("weight_grad_kernel")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +219,9 @@ def launched(call: Any) -> list[str]:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("changes", [{}, {"num_tokens": 8}, {"hidden_size": 1020}, {"transposed": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_tokens": 8}, {"intermediate_size": 504}, {"hidden_size": 1020}, {"transposed": True}]
+)
 @pytest.mark.parametrize("bias", [False, True])
 def test_cuda_launches_what_is_explained(changes: dict[str, Any], dtype: torch.dtype, bias: bool) -> None:
     arguments = {**SIZES, **changes}

@@ -2,6 +2,7 @@
 
 #include "combine.h"
 
+#include "combine_device.h"
 #include "dispatch.h"
 #include "fast_divider.h"
 #include "vector.h"
@@ -10,64 +11,21 @@ namespace scattermoe::kernels {
 
 namespace {
 
-// A thread loads kRowsInFlight rows of a token before it adds the first. Nothing branches on what was loaded, or each
-// row would wait for the one before: sentinels, and what the last round has too many, load some row and do not count.
 template <typename T, bool kAligned, int kRowsInFlight>
 __global__ void __launch_bounds__(kRowBlockThreads) combine_kernel(const CombineParams p) {
-    using Compute = ComputeType<T>;
-    constexpr int kSize = kVectorSize<T, kAligned>;
-    using Vec = Vector<T, kSize>;
     const int64_t token = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
     if (token >= p.num_tokens) return;
-    const T* const rows = static_cast<const T*>(p.rows);
-    const Compute* const gates = static_cast<const Compute*>(p.gates);
-    const int64_t first_slot = token * p.top_k;
-
-    for (int64_t column = int64_t{threadIdx.x} * kSize; column < p.hidden; column += int64_t{blockDim.x} * kSize) {
-        Compute sum[kSize] = {};
-        for (int j0 = 0; j0 < p.top_k; j0 += kRowsInFlight) {
-            int32_t row_of[kRowsInFlight];
-            Compute weights[kRowsInFlight];
-            bool counts[kRowsInFlight];
-            Vec values[kRowsInFlight];
-#pragma unroll
-            for (int i = 0; i < kRowsInFlight; ++i) {
-                const int64_t slot = first_slot + min(j0 + i, p.top_k - 1);
-                const int32_t position = p.slot_position == nullptr ? 0 : p.slot_position[slot];
-                counts[i] = j0 + i < p.top_k && position >= 0;
-                row_of[i] = p.grouped ? max(position, 0) : static_cast<int32_t>(slot);
-                weights[i] = gates == nullptr ? Compute(1) : gates[slot];
-            }
-#pragma unroll
-            for (int i = 0; i < kRowsInFlight; ++i)
-                values[i] = Vec::load_once(rows + row_of[i] * p.hidden + column);
-#pragma unroll
-            for (int i = 0; i < kRowsInFlight; ++i) {
-#pragma unroll
-                for (int c = 0; c < kSize; ++c) {
-                    // Selected, not multiplied by zero: a sentinel's row and gate may hold NaN.
-                    sum[c] += counts[i] ? weights[i] * values[i].get(c) : Compute(0);
-                }
-            }
-        }
-        Vec result;
-#pragma unroll
-        for (int c = 0; c < kSize; ++c)
-            result.set(c, sum[c]);
-        result.store(static_cast<T*>(p.out) + token * p.hidden + column);
-    }
+    combine_token<T, kAligned, kRowsInFlight, /*kPlain=*/false>(p, token, threadIdx.x, blockDim.x);
 }
 
 template <typename T, bool kAligned>
 cudaError_t launch_combine(const CombineParams& p, cudaStream_t stream) {
-    const auto kernel = p.top_k <= 2       ? combine_kernel<T, kAligned, 2>
-                        : p.top_k <= 4     ? combine_kernel<T, kAligned, 4>
-                        : p.top_k % 5 == 0 ? combine_kernel<T, kAligned, 5>
-                        : p.top_k % 6 == 0 ? combine_kernel<T, kAligned, 6>
-                                           : combine_kernel<T, kAligned, 8>;
-    const dim3 block = row_block(ceil_div(p.hidden, kVectorSize<T, kAligned>));
-    kernel<<<static_cast<unsigned>(ceil_div(p.num_tokens, block.y)), block, 0, stream>>>(p);
-    return cudaGetLastError();
+    return with_rows_in_flight(p.top_k, [&](auto rows_in_flight) {
+        const dim3 block = row_block(ceil_div(p.hidden, kVectorSize<T, kAligned>));
+        const auto grid = static_cast<unsigned>(ceil_div(p.num_tokens, block.y));
+        combine_kernel<T, kAligned, rows_in_flight.value><<<grid, block, 0, stream>>>(p);
+        return cudaGetLastError();
+    });
 }
 
 // One warp for each grouped position.
@@ -116,8 +74,8 @@ cudaError_t combine(const CombineParams& p, cudaStream_t stream) {
     if (p.num_tokens == 0 || p.hidden == 0) return cudaSuccess;
     return dispatch_dtype(p.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        const bool aligned = rows_aligned<T>(p.hidden) && is_vector_aligned(p.rows) && is_vector_aligned(p.out);
-        return dispatch_bool(aligned, [&](auto vectors) { return launch_combine<T, vectors.value>(p, stream); });
+        return dispatch_bool(has_aligned_rows(p),
+                             [&](auto vectors) { return launch_combine<T, vectors.value>(p, stream); });
     });
 }
 

@@ -21,6 +21,16 @@ struct CombineParams {
     int64_t hidden = 0;
 };
 
+// Rows in grouped order, without gates: what a gradient is the sum of.
+inline bool is_plain_sum(const CombineParams& p) {
+    return p.grouped && p.slot_position != nullptr && p.gates == nullptr;
+}
+
+// Whether every row starts at a multiple of 16 bytes.
+inline bool has_aligned_rows(const CombineParams& p) {
+    return p.hidden * size_of(p.dtype) % kVectorBytes == 0 && is_vector_aligned(p.rows) && is_vector_aligned(p.out);
+}
+
 cudaError_t combine(const CombineParams& params, cudaStream_t stream);
 
 // grad_rows = gates[s] * grad[t], grad_gates[s] = <grad[t], row>; zero for sentinels.

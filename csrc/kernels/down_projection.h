@@ -21,8 +21,9 @@ struct DownProjectionBackwardParams {
 bool down_projection_backward_is_fused(const DownProjectionBackwardParams& params);
 
 // How many sums for each slot the fused kernel leaves to be added up; 0 where it is another, or no gradient of gates.
-int32_t gate_parts(const DownProjectionBackwardParams& params);
+// fused, here and below: what down_projection_backward_is_fused() said.
+int32_t gate_parts(const DownProjectionBackwardParams& params, bool fused);
 
-cudaError_t down_projection_backward(const DownProjectionBackwardParams& params, cudaStream_t stream);
+cudaError_t down_projection_backward(const DownProjectionBackwardParams& params, bool fused, cudaStream_t stream);
 
 }  // namespace scattermoe::kernels

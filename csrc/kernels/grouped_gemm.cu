@@ -2,14 +2,10 @@
 
 #include "grouped_gemm.h"
 
-#include "device.h"
-#include "select.h"
+#include "hopper.h"
 #include "simt/instances.h"
 #include "sm80/instances.h"
 #include "sm90/select.h"
-#if defined(SCATTERMOE_SM90)
-#include "sm90/sm90.h"
-#endif
 
 namespace scattermoe::kernels {
 
@@ -24,39 +20,14 @@ bool stride_fits(int64_t stride, DType dtype) {
     return stride * size_of(dtype) <= kMaxRowBytes;
 }
 
-// Whether the Hopper kernels are there and take these operands.
-template <typename Params>
-bool hopper_can_run([[maybe_unused]] const Params& p, [[maybe_unused]] int arch) {
-#if defined(SCATTERMOE_SM90)
-    return arch == 90 && sm90::is_enabled() && sm90::can_run(p);
-#else
-    return false;
-#endif
-}
-
-template <typename Params>
-cudaError_t choose(const Params& p, bool aligned, bool weight_gradient, GemmChoice& choice) {
-    int arch = 0;
-    const cudaError_t error = code_architecture(arch);
-    choice = select_gemm({p.dtype, p.allow_tf32, arch, aligned, p.num_slots, p.num_experts, weight_gradient, p.n,
-                          hopper_can_run(p, arch)});
-    return error;
-}
-
-template <typename Params>
-bool takes_hopper(const Params& p, bool weight_gradient) {
-    GemmChoice choice;
-    return choose(p, /*aligned=*/true, weight_gradient, choice) == cudaSuccess && choice.engine == GemmEngine::kHopper;
-}
-
 }  // namespace
 
 bool counts_tiles(const GroupedGemmParams& p) {
-    return sm90::deals_tiles(p.k) && takes_hopper(p, /*weight_gradient=*/false);
+    return sm90::deals_tiles(p.k) && takes_hopper(p);
 }
 
 bool counts_tiles(const WeightGradParams& p) {
-    return takes_hopper(p, /*weight_gradient=*/true);
+    return takes_hopper(p);
 }
 
 cudaError_t grouped_gemm(const GroupedGemmParams& p, cudaStream_t stream) {
@@ -67,12 +38,13 @@ cudaError_t grouped_gemm(const GroupedGemmParams& p, cudaStream_t stream) {
                          stride_aligned(p.in_stride, p.dtype) && stride_aligned(p.weight_expert_stride, p.dtype) &&
                          stride_aligned(row_stride, p.dtype);
     if (!stride_fits(p.in_stride, p.dtype) || !stride_fits(row_stride, p.dtype)) return cudaErrorInvalidValue;
-    GemmChoice choice;
-    const cudaError_t error = choose(p, aligned, false, choice);
-    if (error != cudaSuccess) return error;
 #if defined(SCATTERMOE_SM90)
-    if (choice.engine == GemmEngine::kHopper) return sm90::grouped_gemm(p, stream);
+    if (takes_hopper(p)) return sm90::grouped_gemm(p, stream);
 #endif
+    int arch = 0;
+    const cudaError_t error = code_architecture(arch);
+    if (error != cudaSuccess) return error;
+    const GemmChoice choice = select_gemm(gemm_query(p, arch, aligned, /*hopper=*/false));
     if (choice.engine == GemmEngine::kSimt) {
         return p.dtype == DType::kFloat64 ? simt::grouped_gemm_fp64(p, stream) : simt::grouped_gemm_fp32(p, stream);
     }
@@ -86,17 +58,30 @@ cudaError_t grouped_gemm(const GroupedGemmParams& p, cudaStream_t stream) {
     }
 }
 
+bool combines_beside(const WeightGradParams& p) {
+    return sm90::combines_beside(sm90::gathered_side(p)) && takes_hopper(p);
+}
+
 cudaError_t weight_grad(const WeightGradParams& p, cudaStream_t stream) {
+    if (p.beside != nullptr &&
+        !(p.beside->dtype == p.dtype && is_plain_sum(*p.beside) && has_aligned_rows(*p.beside) && combines_beside(p))) {
+        const cudaError_t error = combine(*p.beside, stream);
+        if (error != cudaSuccess) return error;
+        WeightGradParams alone = p;
+        alone.beside = nullptr;
+        return weight_grad(alone, stream);
+    }
     if (p.num_experts == 0 || p.m == 0 || p.n == 0) return cudaSuccess;
     const bool aligned = is_vector_aligned(p.left) && is_vector_aligned(p.right) &&
                          stride_aligned(p.left_stride, p.dtype) && stride_aligned(p.right_stride, p.dtype);
     if (!stride_fits(p.left_stride, p.dtype) || !stride_fits(p.right_stride, p.dtype)) return cudaErrorInvalidValue;
-    GemmChoice choice;
-    const cudaError_t error = choose(p, aligned, true, choice);
-    if (error != cudaSuccess) return error;
 #if defined(SCATTERMOE_SM90)
-    if (choice.engine == GemmEngine::kHopper) return sm90::weight_grad(p, stream);
+    if (takes_hopper(p)) return sm90::weight_grad(p, stream);
 #endif
+    int arch = 0;
+    const cudaError_t error = code_architecture(arch);
+    if (error != cudaSuccess) return error;
+    const GemmChoice choice = select_gemm(gemm_query(p, arch, aligned, /*hopper=*/false));
     if (choice.engine == GemmEngine::kSimt) {
         return p.dtype == DType::kFloat64 ? simt::weight_grad_fp64(p, stream) : simt::weight_grad_fp32(p, stream);
     }

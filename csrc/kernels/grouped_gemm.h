@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "combine.h"
 #include "fast_divider.h"
 #include "types.h"
 
@@ -76,9 +77,15 @@ struct WeightGradParams {
     int32_t m = 0;
     int32_t n = 0;
     int32_t* tile_counter = nullptr;  // as above
+    // A sum to be computed as well, in the same kernel where that can be, else by a launch of its own.
+    const CombineParams* beside = nullptr;
 };
 
 bool counts_tiles(const WeightGradParams& params);
+
+// Whether the kernel that the product takes can compute a sum beside it: a plain one, of rows of the product's dtype
+// that start at multiples of 16 bytes. out may be none.
+bool combines_beside(const WeightGradParams& params);
 
 cudaError_t weight_grad(const WeightGradParams& params, cudaStream_t stream);
 

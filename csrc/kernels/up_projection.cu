@@ -1,15 +1,10 @@
 #include "up_projection.h"
 
 #include "activation_kernels.h"
-#include "device.h"
-#include "select.h"
-#if defined(SCATTERMOE_SM90)
-#include "sm90/sm90.h"
-#endif
+#include "hopper.h"
 
 namespace scattermoe::kernels {
 
-#if defined(SCATTERMOE_SM90)
 namespace {
 
 sm90::GluGemmParams glu_gemm_params(const UpProjectionParams& p) {
@@ -17,25 +12,15 @@ sm90::GluGemmParams glu_gemm_params(const UpProjectionParams& p) {
 }
 
 }  // namespace
-#endif
 
-bool up_projection_is_fused([[maybe_unused]] const UpProjectionParams& p) {
-#if defined(SCATTERMOE_SM90)
-    int arch = 0;
-    const bool hopper =
-        code_architecture(arch) == cudaSuccess && arch == 90 && sm90::is_enabled() && sm90::can_run(glu_gemm_params(p));
-    const GemmQuery query{p.gemm.dtype,       p.gemm.allow_tf32,         arch,     true,  p.gemm.num_slots,
-                          p.gemm.num_experts, /*weight_gradient=*/false, p.gemm.n, hopper};
-    return hopper && select_gemm(query).engine == GemmEngine::kHopper;
-#else
-    return false;
-#endif
+bool up_projection_is_fused(const UpProjectionParams& p) {
+    return takes_hopper(glu_gemm_params(p));
 }
 
-cudaError_t up_projection(const UpProjectionParams& p, cudaStream_t stream) {
+cudaError_t up_projection(const UpProjectionParams& p, [[maybe_unused]] bool fused, cudaStream_t stream) {
     if (p.gemm.num_slots == 0 || p.gemm.n == 0) return cudaSuccess;
 #if defined(SCATTERMOE_SM90)
-    if (up_projection_is_fused(p)) return sm90::glu_gemm(glu_gemm_params(p), stream);
+    if (fused) return sm90::glu_gemm(glu_gemm_params(p), stream);
 #endif
     const cudaError_t error = grouped_gemm(p.gemm, stream);
     if (error != cudaSuccess) return error;

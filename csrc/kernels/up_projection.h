@@ -17,6 +17,7 @@ struct UpProjectionParams {
 // Whether one kernel computes both; z may then be none where nobody wants it.
 bool up_projection_is_fused(const UpProjectionParams& params);
 
-cudaError_t up_projection(const UpProjectionParams& params, cudaStream_t stream);
+// fused: what up_projection_is_fused() said.
+cudaError_t up_projection(const UpProjectionParams& params, bool fused, cudaStream_t stream);
 
 }  // namespace scattermoe::kernels

@@ -59,6 +59,14 @@ struct alignas(kSize * sizeof(T)) Vector {
         }
     }
     __device__ __forceinline__ void store(T* target) const { *reinterpret_cast<Vector*>(target) = *this; }
+    // In one piece, wherever this is: see ptx::store_global_128.
+    __device__ __forceinline__ void store_whole(T* target) const {
+        if constexpr (sizeof(Vector) == kVectorBytes) {
+            ptx::store_global_128(target, __builtin_bit_cast(uint4, *this));
+        } else {
+            store(target);
+        }
+    }
     __device__ __forceinline__ static Vector zero() {
         Vector v;
 #pragma unroll

@@ -80,24 +80,23 @@ class Launches {
         }
     }
 
-    void weight_gradient(const char* step, WeightGradient p) {
+    void weight_gradient(const std::string& step, WeightGradient p, const char* more = "") {
         if (query_.num_experts == 0 || p.m == 0 || p.n == 0) return;
         if (on_cpu()) return cpu_product(step);
-        // Into a transposed view goes the transposed product.
-        if (query_.transposed) p = {p.n, p.m, p.right_gathered, p.left_gathered};
-        const bool one_gathered = !(p.left_gathered && p.right_gathered);
-        const kernels::GemmChoice choice =
-            kernels::select_gemm({query_.dtype, query_.allow_tf32, *query_.arch, aligned(p.m) && aligned(p.n),
-                                  num_slots(), query_.num_experts, /*weight_gradient=*/true, p.n,
-                                  hopper_takes(p.m, p.n) && one_gathered && num_slots() > 0});
+        p = as_computed(p);
+        const kernels::GemmChoice choice = select(p);
         if (choice.engine == GemmEngine::kHopper) {
-            const GatheredSide side = p.left_gathered    ? GatheredSide::kLeft
-                                      : p.right_gathered ? GatheredSide::kRight
-                                                         : GatheredSide::kNeither;
-            return hopper(step, "sm90::weight_grad_kernel", kernels::sm90::select_weight_grad_tile(p.m, p.n, side));
+            return hopper(step, "sm90::weight_grad_kernel",
+                          kernels::sm90::select_weight_grad_tile(p.m, p.n, gathered_side(p)), more);
         }
         portable(step, "weight_grad_kernel", choice,
-                 one_gathered ? "" : "; both operands are gathered, which the Hopper kernels do not do");
+                 one_gathered(p) ? "" : "; both operands are gathered, which the Hopper kernels do not do");
+    }
+
+    // Whether the kernel of a weight gradient takes a sum over slots along.
+    bool combines_beside(const WeightGradient& p) const {
+        return !on_cpu() && p.m > 0 && p.n > 0 && kernels::sm90::combines_beside(gathered_side(as_computed(p))) &&
+               select(as_computed(p)).engine == GemmEngine::kHopper;
     }
 
     void bias_gradient(const char* step, int64_t n) {
@@ -157,7 +156,24 @@ class Launches {
                                      /*weight_gradient=*/false, p.n, hopper_takes(p.n, p.k)});
     }
 
-    void cpu_product(const char* step) {
+    // Into a transposed view goes the transposed product.
+    WeightGradient as_computed(const WeightGradient& p) const {
+        return query_.transposed ? WeightGradient{p.n, p.m, p.right_gathered, p.left_gathered} : p;
+    }
+
+    static bool one_gathered(const WeightGradient& p) { return !(p.left_gathered && p.right_gathered); }
+
+    static GatheredSide gathered_side(const WeightGradient& p) {
+        return p.left_gathered ? GatheredSide::kLeft : p.right_gathered ? GatheredSide::kRight : GatheredSide::kNeither;
+    }
+
+    kernels::GemmChoice select(const WeightGradient& p) const {
+        return kernels::select_gemm({query_.dtype, query_.allow_tf32, *query_.arch, aligned(p.m) && aligned(p.n),
+                                     num_slots(), query_.num_experts, /*weight_gradient=*/true, p.n,
+                                     hopper_takes(p.m, p.n) && one_gathered(p) && num_slots() > 0});
+    }
+
+    void cpu_product(const std::string& step) {
         const bool own = query_.dtype == kernels::DType::kFloat32;
         add(step, own ? "gemm_avx512 or ATen matrix product" : "ATen matrix product",
             std::string("one for each expert, experts side by side on threads; the largest run alone with all threads "
@@ -165,20 +181,22 @@ class Launches {
                 (own ? "; ATen's without AVX-512 and where threads share a product" : ""));
     }
 
-    void portable(const char* step, const char* kernel, const kernels::GemmChoice& choice, const char* more = "") {
+    void portable(const std::string& step, const char* kernel, const kernels::GemmChoice& choice,
+                  const char* more = "") {
         const kernels::GemmTile tile = kernels::tile_shape(choice.tile);
         launches_.push_back({step, std::string(choice.engine == GemmEngine::kSimt ? "simt::" : "sm80::") + kernel,
                              std::array{tile.m, tile.n, tile.k_elements(kernels::size_of(query_.dtype))}, tile.stages,
                              std::string(choice.why) + (query_.arch == 90 && query_.hopper ? more : "")});
     }
 
-    void hopper(const char* step, const char* kernel, const kernels::sm90::TileChoice& choice) {
+    void hopper(const std::string& step, const char* kernel, const kernels::sm90::TileChoice& choice,
+                const char* more = "") {
         const kernels::sm90::TileShape shape = kernels::sm90::tile_shape(choice.tile);
         launches_.push_back({step, kernel, std::array{shape.m, shape.n, kernels::sm90::kStageK},
-                             kernels::sm90::stage_count(choice.tile), std::string("wgmma, ") + choice.why});
+                             kernels::sm90::stage_count(choice.tile), std::string("wgmma, ") + choice.why + more});
     }
 
-    void add(const char* step, const char* kernel, std::string why) {
+    void add(const std::string& step, const char* kernel, std::string why) {
         launches_.push_back({step, kernel, std::nullopt, std::nullopt, std::move(why)});
     }
 
@@ -213,14 +231,29 @@ void moe_mlp(Launches& out) {
 }
 
 void moe_mlp_backward(Launches& out) {
+    using kernels::SumPlace;
     const ExplainQuery& q = out.query();
+    const WeightGradient w_down{q.hidden_size, q.intermediate_size, /*left_gathered=*/true, /*right_gathered=*/false};
+    const WeightGradient w_up{up_features(q), q.hidden_size, /*left_gathered=*/false, /*right_gathered=*/true};
+    SumPlace place = kernels::place_of_sum(out.num_slots(), q.num_experts, q.hidden_size, q.intermediate_size, w_up.m);
+    if (!out.combines_beside(place == SumPlace::kBesideDownGradient ? w_down : w_up)) place = SumPlace::kAlone;
+
+    const auto rows_of_x = [&] {
+        out.product("gradient of x", {q.hidden_size, up_features(q), /*gathered=*/false, q.transposed});
+    };
+    const auto weight_gradient = [&](const std::string& step, const WeightGradient& p, SumPlace beside) {
+        if (place != beside) return out.weight_gradient(step, p);
+        out.weight_gradient(step + ", beside it gradient of x, sum over experts", p,
+                            "; a fourth warpgroup sums rows meanwhile, for which this product leaves memory idle");
+    };
     if (q.bias) out.bias_gradient("gradient of down_bias", q.hidden_size);
     out.down_projection_backward({q.intermediate_size, q.hidden_size, /*gathered=*/true, q.transposed});
-    out.weight_gradient("gradient of w_down", {q.hidden_size, q.intermediate_size, true, false});
+    if (place == SumPlace::kBesideDownGradient) rows_of_x();
+    weight_gradient("gradient of w_down", w_down, SumPlace::kBesideDownGradient);
     if (q.bias) out.bias_gradient("gradient of up_bias", up_features(q));
-    out.product("gradient of x", {q.hidden_size, up_features(q), /*gathered=*/false, q.transposed});
-    out.rows("gradient of x, sum over experts", "combine_kernel", q.hidden_size);
-    out.weight_gradient("gradient of w_up", {up_features(q), q.hidden_size, false, true});
+    if (place != SumPlace::kBesideDownGradient) rows_of_x();
+    if (place == SumPlace::kAlone) out.rows("gradient of x, sum over experts", "combine_kernel", q.hidden_size);
+    weight_gradient("gradient of w_up", w_up, SumPlace::kBesideUpGradient);
 }
 
 }  // namespace

@@ -25,6 +25,13 @@ __device__ __forceinline__ uint4 load_global_streaming(const void* pointer) {
     return value;
 }
 
+// 16 bytes in one piece: the compiler may make four stores of a uint4.
+__device__ __forceinline__ void store_global_128(void* pointer, uint4 value) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(value.x), "r"(value.y), "r"(value.z),
+                 "r"(value.w)
+                 : "memory");
+}
+
 // 16 bytes that nobody reads soon.
 __device__ __forceinline__ void store_global_streaming(void* pointer, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
     asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(x), "r"(y), "r"(z), "r"(w)

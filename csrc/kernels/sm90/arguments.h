@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../activation.h"
+#include "../combine.h"
 #include "../grouped_gemm.h"
 #include "../vector.h"
 #include "select.h"
@@ -133,7 +134,8 @@ struct WeightGradArguments {
     int tiles_n;
     int n;
     int m;
-    int* tile_counter;  // tile_queue.h
+    int* tile_counter;     // tile_queue.h
+    CombineParams beside;  // what a helper sums, if the kernel has one
 };
 
 }  // namespace scattermoe::kernels::sm90

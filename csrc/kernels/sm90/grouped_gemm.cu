@@ -284,7 +284,8 @@ bool can_run(const WeightGradParams& p) {
 
 cudaError_t weight_grad(const WeightGradParams& p, Tile tile, cudaStream_t stream) {
     const TileShape shape = tile_shape(tile);
-    const bool left = is_gathered(p.left_rows), right = is_gathered(p.right_rows);
+    const GatheredSide side = gathered_side(p);
+    const bool left = side == GatheredSide::kLeft, right = side == GatheredSide::kRight;
     WeightGradArguments a;
     cudaError_t error =
         make_tensor_map<3>(a.out_map, p.dtype, p.out,
@@ -304,6 +305,10 @@ cudaError_t weight_grad(const WeightGradParams& p, Tile tile, cudaStream_t strea
     a.m = p.m;
     a.n = p.n;
     a.tile_counter = p.tile_counter;
+    if (p.beside != nullptr) {
+        if (!combines_beside(side)) return cudaErrorNotSupported;
+        a.beside = *p.beside;
+    }
     if (left) {
         if (tile == Tile::kCooperative128x256) {
             return launch_weight_grad<Tile::kCooperative128x256, GatheredSide::kLeft>(p.dtype, a, stream);
@@ -330,10 +335,7 @@ cudaError_t weight_grad(const WeightGradParams& p, Tile tile, cudaStream_t strea
 }
 
 cudaError_t weight_grad(const WeightGradParams& p, cudaStream_t stream) {
-    const GatheredSide gathered = is_gathered(p.left_rows)    ? GatheredSide::kLeft
-                                  : is_gathered(p.right_rows) ? GatheredSide::kRight
-                                                              : GatheredSide::kNeither;
-    return weight_grad(p, select_weight_grad_tile(p.m, p.n, gathered).tile, stream);
+    return weight_grad(p, select_weight_grad_tile(p.m, p.n, gathered_side(p)).tile, stream);
 }
 
 }  // namespace scattermoe::kernels::sm90

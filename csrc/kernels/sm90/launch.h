@@ -35,8 +35,8 @@ struct EpilogueOf<EpilogueId::kSwigluBackward, Element, kTile> {
 
 // One block on every SM, or fewer where there are fewer tiles.
 template <typename Arguments>
-cudaError_t launch_persistent(void (*kernel)(Arguments), OncePerDevice& shared_allowed, bool paired, int shared,
-                              int64_t tiles, const Arguments& arguments, cudaStream_t stream) {
+cudaError_t launch_persistent(void (*kernel)(Arguments), OncePerDevice& shared_allowed, bool paired, int threads,
+                              int shared, int64_t tiles, const Arguments& arguments, cudaStream_t stream) {
     int device = 0, multiprocessors = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) {
@@ -56,7 +56,7 @@ cudaError_t launch_persistent(void (*kernel)(Arguments), OncePerDevice& shared_a
     attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = static_cast<unsigned>(clusters * cluster);
-    config.blockDim = kThreads;
+    config.blockDim = static_cast<unsigned>(threads);
     config.dynamicSmemBytes = static_cast<size_t>(shared);
     config.stream = stream;
     config.attrs = &attribute;
@@ -82,7 +82,7 @@ cudaError_t launch_grouped_gemm(DType dtype, const ArgumentsOf<kEpilogue>& argum
                                             tile_shape(kTile).m * (tile_shape(kTile).paired ? kPair : 1)) *
                               arguments.tiles_n;
         return launch_persistent(grouped_gemm_kernel<Element, kTile, kRows, kWeightMajor, Epilogue>, shared_allowed,
-                                 tile_shape(kTile).paired, shared_bytes(kTile), tiles, arguments, stream);
+                                 tile_shape(kTile).paired, kThreads, shared_bytes(kTile), tiles, arguments, stream);
     });
 }
 
@@ -99,9 +99,12 @@ cudaError_t launch_weight_grad(DType dtype, const WeightGradArguments& arguments
     return dispatch_half(dtype, [&](auto tag) {
         using Element = typename decltype(tag)::type;
         static OncePerDevice shared_allowed;
-        const int64_t tiles = int64_t{arguments.num_experts} * number_of_tiles<kTile>(arguments);
+        int64_t tiles = int64_t{arguments.num_experts} * number_of_tiles<kTile>(arguments);
+        // Where tiles are fewer than SMs, tokens are not.
+        if (combines_beside(kGathered)) tiles = std::max(tiles, arguments.beside.num_tokens);
         return launch_persistent(weight_grad_kernel<Element, kTile, kGathered>, shared_allowed,
-                                 tile_shape(kTile).paired, weight_grad_shared_bytes(kTile), tiles, arguments, stream);
+                                 tile_shape(kTile).paired, block_threads(combines_beside(kGathered)),
+                                 weight_grad_shared_bytes(kTile), tiles, arguments, stream);
     });
 }
 

@@ -29,9 +29,12 @@ struct StageOperand {
     }
 };
 
-template <typename Element, Tile kTile, Major kMajorA, Major kMajorB>
+// kColumns: of the tile that one wgmma multiplies. All of them read the rows' side least often; but accumulators of one
+// instruction cannot be more than the registers that a thread has at launch.
+template <typename Element, Tile kTile, Major kMajorA, Major kMajorB, int kColumns = tile_shape(kTile).n>
 struct Mainloop {
     static constexpr TileShape kShape = tile_shape(kTile);
+    static_assert(kShape.n % kColumns == 0 && kColumns % 64 == 0);
     static constexpr int kBlocks = kShape.consumer_blocks();
     using Layout = SharedLayout<kTile>;
     using Ring = Pipeline<Layout::kStages, kShape.paired>;
@@ -61,9 +64,13 @@ struct Mainloop {
             for (int step = 0; step < kStageK / 16; ++step) {
 #pragma unroll
                 for (int block = 0; block < kActive; ++block) {
-                    ptx::wgmma<Element, kMajorA, kMajorB, kShape.n>(
-                        sums[block], a_stage + block * A::kNextBlock + step * A::kNext16, b_stage + step * B::kNext16,
-                        accumulate || step > 0);
+#pragma unroll
+                    for (int column = 0; column < kShape.n; column += kColumns) {
+                        ptx::wgmma<Element, kMajorA, kMajorB, kColumns>(
+                            reinterpret_cast<float (&)[kColumns / 2]>(sums[block][column / 2]),
+                            a_stage + block * A::kNextBlock + step * A::kNext16,
+                            b_stage + column / 64 * B::kNextBlock + step * B::kNext16, accumulate || step > 0);
+                    }
                 }
             }
             ptx::wgmma_commit();

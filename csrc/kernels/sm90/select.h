@@ -70,6 +70,11 @@ constexpr bool deals_tiles(int64_t k) {
 // out[e] = left^T right, left and right of m and n columns.
 enum class GatheredSide : int { kNeither, kLeft, kRight };
 
+// Whether the kernel has a helper that can sum rows over the slots of tokens meanwhile: in an MLP's backward it does.
+SCATTERMOE_HD constexpr bool combines_beside(GatheredSide gathered) {
+    return gathered != GatheredSide::kNeither;
+}
+
 constexpr TileChoice select_weight_grad_tile(int64_t m, int64_t n, GatheredSide gathered) {
     switch (gathered) {
         case GatheredSide::kLeft:

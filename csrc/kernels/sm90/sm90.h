@@ -8,7 +8,7 @@
 
 #include "../activation.h"
 #include "../grouped_gemm.h"
-#include "tile.h"
+#include "select.h"
 
 namespace scattermoe::kernels::sm90 {
 
@@ -20,7 +20,13 @@ bool is_enabled();
 bool can_run(const GroupedGemmParams& params);
 cudaError_t grouped_gemm(const GroupedGemmParams& params, cudaStream_t stream);
 
-// At most one operand may be gathered.
+inline GatheredSide gathered_side(const WeightGradParams& p) {
+    return p.left_rows.slot_order != nullptr    ? GatheredSide::kLeft
+           : p.right_rows.slot_order != nullptr ? GatheredSide::kRight
+                                                : GatheredSide::kNeither;
+}
+
+// At most one operand may be gathered; `beside` as kernels::combines_beside() wants it.
 bool can_run(const WeightGradParams& params);
 cudaError_t weight_grad(const WeightGradParams& params, cudaStream_t stream);
 

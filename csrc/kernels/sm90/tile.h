@@ -107,6 +107,11 @@ SCATTERMOE_HD constexpr int glu_store_columns(Tile tile) {
 
 inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
+// With a helper, the last warpgroup: it does something else beside the products.
+inline constexpr int kThreadsWithHelper = (2 + kConsumers) * kWarpgroupThreads;
+SCATTERMOE_HD constexpr int block_threads(bool has_helper) {
+    return has_helper ? kThreadsWithHelper : kThreads;
+}
 
 // What a block has for each thread when it starts, and what setmaxnreg makes of it: the producer's warpgroup hands
 // registers to the others. One that starts bulk copies needs almost none; one that gathers needs an address for each
@@ -125,16 +130,29 @@ SCATTERMOE_HD constexpr RegisterBudget register_budget(bool gathers, bool crowde
     return gathers && !crowded ? RegisterBudget{56, 224} : RegisterBudget{40, 232};
 }
 
-// The gathering of a weight gradient has more to hold.
-SCATTERMOE_HD constexpr RegisterBudget weight_grad_register_budget(bool gathers) {
-    return gathers ? RegisterBudget{64, 216} : RegisterBudget{40, 232};
-}
-
 constexpr bool fits_registers(RegisterBudget budget) {
     return budget.producer + kConsumers * budget.consumer <= (1 + kConsumers) * kLaunchRegisters;
 }
-static_assert(fits_registers(register_budget(true, false)) && fits_registers(register_budget(false, false)) &&
-              fits_registers(weight_grad_register_budget(true)));
+static_assert(fits_registers(register_budget(true, false)) && fits_registers(register_budget(false, false)));
+
+// 128: ptxas then takes no wgmma of 256 columns, whose 128 accumulators are of one instruction, but two of 128.
+inline constexpr int kLaunchRegistersWithHelper = 64 * 1024 / kThreadsWithHelper / 8 * 8;
+
+struct HelperRegisterBudget {
+    int producer;
+    int consumer;
+    int helper;
+};
+
+// The gathering of a weight gradient has more to hold than that of a product. The consumers have 128 accumulators and
+// nothing to do but store them; the helper sums rows, eight in flight.
+inline constexpr HelperRegisterBudget kCombiningWeightGradBudget{64, 168, 112};
+
+constexpr bool fits_registers(HelperRegisterBudget budget) {
+    return budget.producer + kConsumers * budget.consumer + budget.helper <=
+           (2 + kConsumers) * kLaunchRegistersWithHelper;
+}
+static_assert(fits_registers(kCombiningWeightGradBudget));
 
 // Whether the gated epilogue has registers left for a bias and for interleaved columns.
 SCATTERMOE_HD constexpr bool has_room_for_glu(Tile tile) {

@@ -1,12 +1,14 @@
 #pragma once
 
 // out[e] = left_e^T right_e: the contraction runs over an expert's rows, of which there may be any number. Both
-// operands lie with the contraction across rows, in memory and in shared memory; either may be gathered.
+// operands lie with the contraction across rows, in memory and in shared memory; either may be gathered. Memory is
+// nearly idle meanwhile: a helper may sum rows over the slots of tokens (combine.h), which needs little else.
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "../combine_device.h"
 #include "../ptx/fence.h"
 #include "../ptx/named_barrier.h"
 #include "../ptx/setmaxnreg.h"
@@ -37,9 +39,10 @@ struct DepthTile {
 template <int kPairM, int kPairN>
 class DepthTiles {
   public:
-    // `order`: shared memory for the experts' order. The block calls it together; `scratch` is free again afterwards,
-    // for the copy engine too.
-    __device__ __forceinline__ DepthTiles(const WeightGradArguments& arguments, uint32_t order, uint32_t scratch)
+    // `order`: shared memory for the experts' order. All `threads` of the block call it together; `scratch` is free
+    // again afterwards, for the copy engine too.
+    __device__ __forceinline__ DepthTiles(const WeightGradArguments& arguments, int threads, uint32_t order,
+                                          uint32_t scratch)
         : p(arguments), order_(order) {
         if (!is_ordered()) return;
         const auto rows = [&](int expert) {
@@ -47,12 +50,12 @@ class DepthTiles {
         };
         // The same number of rounds for all threads, or the compiler would take them to be apart ever after.
         const int padded = (p.num_experts + 3) / 4 * 4;
-        for (int first = 0; first < padded; first += kThreads) {
+        for (int first = 0; first < padded; first += threads) {
             const int expert = first + static_cast<int>(threadIdx.x);
             if (expert < padded) ptx::store_shared_32(scratch + expert * 4, expert < p.num_experts ? rows(expert) : -1);
         }
         __syncthreads();
-        for (int first = 0; first < p.num_experts; first += kThreads) {
+        for (int first = 0; first < p.num_experts; first += threads) {
             const int expert = first + static_cast<int>(threadIdx.x);
             const int mine = rows(min(expert, p.num_experts - 1));
             int before = 0;
@@ -97,7 +100,8 @@ class DepthTiles {
 template <typename Element, Tile kTile, GatheredSide kGathered>
 struct WeightGrad {
     using Arguments = WeightGradArguments;
-    using Loop = Mainloop<Element, kTile, Major::kMn, Major::kMn>;
+    static constexpr bool kCombines = combines_beside(kGathered);
+    using Loop = Mainloop<Element, kTile, Major::kMn, Major::kMn, kCombines ? 128 : tile_shape(kTile).n>;
     using Layout = SharedLayout<kTile>;
     using Ring = typename Loop::Ring;
     using Position = typename Ring::Position;
@@ -322,15 +326,38 @@ struct WeightGrad {
     }
 };
 
+// The helper's tokens: a warp takes one after the other, each as wide as it is.
+template <typename Element>
+__device__ __forceinline__ void combine_tokens(const CombineParams& p) {
+    constexpr int kWarps = kWarpgroupThreads / kWarpSize;
+    const int warp = static_cast<int>(blockIdx.x) * kWarps + threadIdx.x % kWarpgroupThreads / kWarpSize;
+    const int warps = static_cast<int>(gridDim.x) * kWarps;
+    with_rows_in_flight(p.top_k, [&](auto rows_in_flight) {
+        for (int64_t token = warp; token < p.num_tokens; token += warps) {
+            combine_token<Element, /*kAligned=*/true, rows_in_flight.value, /*kPlain=*/true>(
+                p, token, threadIdx.x % kWarpSize, kWarpSize);
+        }
+    });
+}
+
+// Each role is one branch, with the registers that it needs.
 template <typename Element, Tile kTile, GatheredSide kGathered>
-__global__ void __launch_bounds__(kThreads, 1) weight_grad_kernel(const __grid_constant__ WeightGradArguments p) {
+__global__ void __launch_bounds__(block_threads(combines_beside(kGathered)), 1)
+    weight_grad_kernel(const __grid_constant__ WeightGradArguments p) {
     using Grad = WeightGrad<Element, kTile, kGathered>;
-    constexpr RegisterBudget kBudget = weight_grad_register_budget(Grad::kGathers);
+    constexpr bool kCombines = Grad::kCombines;
+    constexpr auto kBudget = [] {
+        if constexpr (kCombines) {
+            return kCombiningWeightGradBudget;
+        } else {
+            return register_budget(/*gathers=*/false, /*crowded=*/false);
+        }
+    }();
     extern __shared__ __align__(1024) unsigned char dynamic_shared[];
     const uint32_t shared = opaque_address(dynamic_shared);
     const typename Grad::Ring ring(shared + Grad::Layout::kBarriers);
     const typename Grad::Queue queue(shared + Grad::Layout::kQueue, p.tile_counter);
-    const typename Grad::Tiles tiles(p, shared + shared_bytes(kTile), shared);
+    const typename Grad::Tiles tiles(p, block_threads(kCombines), shared + shared_bytes(kTile), shared);
     if (threadIdx.x == 0) {
         ring.init(Grad::kGathers ? 1 + kWarpgroupThreads : 1, Grad::kShape.ping_pong);
         queue.init();
@@ -343,9 +370,12 @@ __global__ void __launch_bounds__(kThreads, 1) weight_grad_kernel(const __grid_c
         } else if (threadIdx.x < kWarpSize) {
             Grad::load(p, ring, tiles, queue, shared);
         }
-    } else {
+    } else if (!kCombines || threadIdx.x < kThreads) {
         ptx::setmaxnreg_increase<kBudget.consumer>();
         Grad::multiply(p, ring, tiles, queue, shared);
+    } else if constexpr (kCombines) {
+        ptx::setmaxnreg_decrease<kBudget.helper>();
+        combine_tokens<Element>(p.beside);
     }
     leave_block<kTile>();
 }

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "../../kernels/activation_kernels.h"
+#include "../../kernels/select.h"
 #include "products.h"
 #include "support.h"
 
@@ -67,9 +68,10 @@ std::tuple<at::Tensor, at::Tensor> moe_mlp_forward_cuda(
 //   dL/dW_down = sum of dO^T (g A);  dL/dW_up = sum of (dL/dz)^T x[t];  dL/db_up = sum of dL/dz;  dL/db_down = sum of g
 //   dO
 //
-// The order is that of the least memory: of the rows of slots no two are there at a time that need not be, and the
-// gradient of w_up, the largest, is made when only dL/dz is left beside it. With kOverZ dL/dz takes the place of z,
-// element by element.
+// The order is that of the least memory: of what has a row for each slot no two are there at a time that need not be,
+// and the gradient of w_up, the largest, is made when only dL/dz is left beside it. But for the rows dL/dz W_up: where
+// their sum can run beside a gradient of weights and place_of_sum() finds it worth the memory, they stay for it. With
+// kOverZ dL/dz takes the place of z, element by element.
 template <bool kOverZ>
 MoeMlpGrads moe_mlp_backward_cuda(const at::Tensor& grad_, const at::Tensor& x, const at::Tensor& w_up,
                                   const at::Tensor& w_down, const std::optional<at::Tensor>& b_down,
@@ -90,7 +92,7 @@ MoeMlpGrads moe_mlp_backward_cuda(const at::Tensor& grad_, const at::Tensor& x, 
     const at::Tensor grad = grad_.contiguous();
     const at::Tensor compute_gates = cuda::compute_gates(gates, grad.scalar_type());
     const cuda::MappedRows grad_rows{grad, groups.by_token(top_k)};
-    at::Tensor grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_gates, grad_z;
+    at::Tensor grad_x, grad_w_up, grad_b_up, grad_w_down, grad_b_down, grad_gates, grad_z, gated_hidden;
 
     if (need_b_down) grad_b_down = cuda::bias_gradient(kOp, grad_rows, compute_gates, groups);
     if (need_z || need_w_down || need_gates) {
@@ -114,25 +116,50 @@ MoeMlpGrads moe_mlp_backward_cuda(const at::Tensor& grad_, const at::Tensor& x, 
         p.bias = cuda::data_or_null(bias);
         p.top_k = cuda::size_32(kOp, "slot_position.size(1)", top_k);
         p.out_features = grad.size(1);
-        const at::Tensor gated_hidden =
-            cuda::down_projection_backward(kOp, grad_rows, w_down, p, need_w_down, groups, allow_tf32);
+        gated_hidden = cuda::down_projection_backward(kOp, grad_rows, w_down, p, need_w_down, groups, allow_tf32);
         if (need_gates) grad_gates = cuda::to_dtype(grad_gates, gates.scalar_type());
-        if (need_w_down) {
-            grad_w_down = at::empty_like(w_down);
-            cuda::weight_gradient(kOp, grad_rows, {gated_hidden, groups.grouped()}, grad_w_down, groups, allow_tf32);
-        }
     }
-    if (need_b_up) grad_b_up = cuda::bias_gradient(kOp, {grad_z, groups.grouped()}, /*gates=*/at::Tensor(), groups);
-    if (need_x) {
-        const at::Tensor rows = cuda::grouped_product(kOp, {grad_z, groups.grouped()}, {w_up, /*transposed=*/true},
-                                                      /*bias=*/std::nullopt, groups.grouped(), groups, allow_tf32);
-        grad_x = cuda::combine_rows(kOp, rows, /*gates=*/at::Tensor(), slot_position, top_k, /*grouped=*/true);
+
+    cuda::MappedRows hidden_rows{std::move(gated_hidden), groups.grouped()};
+    const cuda::MappedRows z_rows{grad_z, groups.grouped()};
+    const cuda::MappedRows x_rows{need_w_up ? cuda::with_contiguous_rows(x) : x, groups.by_token(top_k)};
+    using kernels::SumPlace;
+    SumPlace place =
+        kernels::place_of_sum(groups.num_slots(), groups.num_experts(), w_up.size(2), w_down.size(2), w_up.size(1));
+    const auto combines = [&](bool needed, const cuda::MappedRows& left, const cuda::MappedRows& right,
+                              const at::Tensor& weight) {
+        return need_x && needed && cuda::combines_beside(kOp, left, right, weight, groups, allow_tf32);
+    };
+    if (!(place == SumPlace::kBesideDownGradient ? combines(need_w_down, grad_rows, hidden_rows, w_down)
+                                                 : combines(need_w_up, z_rows, x_rows, w_up))) {
+        place = SumPlace::kAlone;
     }
-    if (need_w_up) {
-        grad_w_up = at::empty_like(w_up);
-        cuda::weight_gradient(kOp, {grad_z, groups.grouped()}, {x, groups.by_token(top_k)}, grad_w_up, groups,
-                              allow_tf32);
+
+    std::optional<cuda::SlotSum> sum;  // dL/dx, as long as it is not computed
+    const auto make_sum = [&] {
+        sum.emplace(kOp,
+                    cuda::grouped_product(kOp, z_rows, {w_up, /*transposed=*/true}, /*bias=*/std::nullopt,
+                                          groups.grouped(), groups, allow_tf32),
+                    /*gates=*/at::Tensor(), slot_position, top_k, /*grouped=*/true);
+        grad_x = sum->out();
+    };
+    const auto weight_gradient = [&](const cuda::MappedRows& left, const cuda::MappedRows& right,
+                                     const at::Tensor& weight) {
+        at::Tensor out = at::empty_like(weight);
+        cuda::weight_gradient(kOp, left, right, out, groups, allow_tf32, sum ? &*sum : nullptr);
+        sum.reset();
+        return out;
+    };
+    if (need_x && place == SumPlace::kBesideDownGradient) make_sum();
+    if (need_w_down) grad_w_down = weight_gradient(grad_rows, hidden_rows, w_down);
+    hidden_rows.tensor.reset();
+    if (need_b_up) grad_b_up = cuda::bias_gradient(kOp, z_rows, /*gates=*/at::Tensor(), groups);
+    if (need_x && place != SumPlace::kBesideDownGradient) make_sum();
+    if (sum && place == SumPlace::kAlone) {
+        sum->launch();
+        sum.reset();
     }
+    if (need_w_up) grad_w_up = weight_gradient(z_rows, x_rows, w_up);
     return {or_empty(grad_x, grad),      or_empty(grad_w_up, grad),   or_empty(grad_b_up, grad),
             or_empty(grad_w_down, grad), or_empty(grad_b_down, grad), or_empty(grad_gates, grad)};
 }

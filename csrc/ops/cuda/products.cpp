@@ -1,7 +1,6 @@
 #include "products.h"
 
 #include "../../kernels/bias_grad.h"
-#include "../../kernels/combine.h"
 #include "../../kernels/down_projection.h"
 #include "../../kernels/up_projection.h"
 
@@ -89,11 +88,12 @@ UpProjection up_projection(const char* op, const MappedRows& rows, const Product
     UpProjection result;
     result.hidden = at::empty({groups.num_slots(), width}, product.in.options());
     kernels::UpProjectionParams p{product.params, activation, result.hidden.mutable_data_ptr()};
-    if (want_z || !kernels::up_projection_is_fused(p)) {
+    const bool fused = kernels::up_projection_is_fused(p);
+    if (want_z || !fused) {
         result.z = at::empty({groups.num_slots(), product.params.n}, product.in.options());
         p.gemm.out = result.z.mutable_data_ptr();
     }
-    check_launch(op, kernels::up_projection(p, current_stream()),
+    check_launch(op, kernels::up_projection(p, fused, current_stream()),
                  {{"rows", product.in}, {"weight", product.weight}, {"hidden", result.hidden}});
     return result;
 }
@@ -112,40 +112,59 @@ at::Tensor down_projection_backward(const char* op, const MappedRows& grad_rows,
         // g A takes the place of dA', element by element.
         if (want_gated_hidden) p.activation.gated_hidden = hidden.mutable_data_ptr();
     }
-    if (const int32_t parts = kernels::gate_parts(p); parts > 0) {
+    if (const int32_t parts = kernels::gate_parts(p, fused); parts > 0) {
         partials = at::empty({parts, groups.num_slots()}, product.in.options().dtype(at::kFloat));
         p.gate_partials = partials.mutable_data_ptr<float>();
     }
-    check_launch(op, kernels::down_projection_backward(p, current_stream()),
+    check_launch(op, kernels::down_projection_backward(p, fused, current_stream()),
                  {{"grad", product.in}, {"w_down", product.weight}});
     return hidden;
 }
 
-void weight_gradient(const char* op, const MappedRows& left, const MappedRows& right, const at::Tensor& out,
-                     const Groups& groups, bool allow_tf32) {
-    if (out.numel() == 0) return;
-    if (out.stride(2) != 1 && out.size(2) > 1) {
-        if (out.stride(1) == 1 || out.size(1) <= 1) {
-            // The transposed product has its rows where out has its columns.
-            weight_gradient(op, right, left, out.transpose(1, 2), groups, allow_tf32);
-        } else {
-            const at::Tensor contiguous = at::empty(out.sizes(), out.options());
-            weight_gradient(op, left, right, contiguous, groups, allow_tf32);
-            out.copy_(contiguous);
-        }
-        return;
-    }
-    const at::Tensor l = with_contiguous_rows(left.tensor), r = with_contiguous_rows(right.tensor);
+SlotSum::SlotSum(const char* op, const at::Tensor& rows, const at::Tensor& gates, const at::Tensor& slot_position,
+                 int64_t top_k, bool grouped)
+    : op_(op),
+      rows_(rows.contiguous()),
+      gates_(gates),
+      positions_(slot_position.defined() ? slot_position.contiguous() : at::Tensor()),
+      out_(at::empty({rows.size(0) / top_k, rows.size(1)}, rows.options())) {
+    params_.dtype = kernel_dtype(rows.scalar_type());
+    params_.rows = rows_.const_data_ptr();
+    params_.gates = data_or_null(gates_);
+    params_.slot_position = static_cast<const int32_t*>(data_or_null(positions_));
+    params_.grouped = grouped;
+    params_.out = out_.mutable_data_ptr();
+    params_.num_tokens = out_.size(0);
+    params_.top_k = size_32(op, "top_k", top_k);
+    params_.hidden = out_.size(1);
+}
+
+void SlotSum::launch() const {
+    check_launch(op_, kernels::combine(params_, current_stream()), {{"rows", rows_}, {"gates", gates_}});
+}
+
+at::Tensor combine_rows(const char* op, const at::Tensor& rows, const at::Tensor& gates,
+                        const at::Tensor& slot_position, int64_t top_k, bool grouped) {
+    const SlotSum sum(op, rows, gates, slot_position, top_k, grouped);
+    sum.launch();
+    return sum.out();
+}
+
+namespace {
+
+// A weight gradient's parameters but for its output's place, which has the strides of `out`; left and right have
+// contiguous rows.
+kernels::WeightGradParams weight_grad_params(const char* op, const MappedRows& left, const MappedRows& right,
+                                             const at::Tensor& out, const Groups& groups, bool allow_tf32) {
     kernels::WeightGradParams p;
     p.dtype = kernel_dtype(out.scalar_type());
     p.allow_tf32 = allow_tf32;
-    p.left = l.const_data_ptr();
-    p.left_stride = row_stride(l);
+    p.left = left.tensor.const_data_ptr();
+    p.left_stride = row_stride(left.tensor);
     p.left_rows = left.map;
-    p.right = r.const_data_ptr();
-    p.right_stride = row_stride(r);
+    p.right = right.tensor.const_data_ptr();
+    p.right_stride = row_stride(right.tensor);
     p.right_rows = right.map;
-    p.out = out.mutable_data_ptr();
     p.out_expert_stride = out.stride(0);
     p.out_stride = out.stride(1);
     p.expert_offsets = groups.expert_offsets.const_data_ptr<int32_t>();
@@ -153,8 +172,49 @@ void weight_gradient(const char* op, const MappedRows& left, const MappedRows& r
     p.num_slots = size_32(op, "the number of slots", groups.num_slots());
     p.m = size_32(op, "weight.size(1)", out.size(1));
     p.n = size_32(op, "weight.size(2)", out.size(2));
+    return p;
+}
+
+// Whether a row of a gradient lies in memory as the products write it.
+bool has_adjacent_columns(const at::Tensor& weight) {
+    return weight.stride(2) == 1 || weight.size(2) <= 1;
+}
+
+}  // namespace
+
+bool combines_beside(const char* op, const MappedRows& left, const MappedRows& right, const at::Tensor& weight,
+                     const Groups& groups, bool allow_tf32) {
+    if (!has_adjacent_columns(weight)) {
+        const at::Tensor transposed = weight.transpose(1, 2);
+        return has_adjacent_columns(transposed) && combines_beside(op, right, left, transposed, groups, allow_tf32);
+    }
+    return kernels::combines_beside(weight_grad_params(op, left, right, weight, groups, allow_tf32));
+}
+
+void weight_gradient(const char* op, const MappedRows& left, const MappedRows& right, const at::Tensor& out,
+                     const Groups& groups, bool allow_tf32, const SlotSum* beside) {
+    if (out.numel() == 0) {
+        if (beside != nullptr) beside->launch();
+        return;
+    }
+    if (!has_adjacent_columns(out)) {
+        if (out.stride(1) == 1 || out.size(1) <= 1) {
+            // The transposed product has its rows where out has its columns.
+            weight_gradient(op, right, left, out.transpose(1, 2), groups, allow_tf32, beside);
+        } else {
+            const at::Tensor contiguous = at::empty(out.sizes(), out.options());
+            weight_gradient(op, left, right, contiguous, groups, allow_tf32, beside);
+            out.copy_(contiguous);
+        }
+        return;
+    }
+    const MappedRows l{with_contiguous_rows(left.tensor), left.map}, r{with_contiguous_rows(right.tensor), right.map};
+    kernels::WeightGradParams p = weight_grad_params(op, l, r, out, groups, allow_tf32);
+    p.out = out.mutable_data_ptr();
+    if (beside != nullptr) p.beside = &beside->params();
     if (kernels::counts_tiles(p)) p.tile_counter = groups.next_counter();
-    check_launch(op, kernels::weight_grad(p, current_stream()), {{"left", l}, {"right", r}, {"out", out}});
+    check_launch(op, kernels::weight_grad(p, current_stream()),
+                 {{"left", l.tensor}, {"right", r.tensor}, {"out", out}});
 }
 
 at::Tensor bias_gradient(const char* op, const MappedRows& rows, const at::Tensor& gates, const Groups& groups) {
@@ -177,25 +237,6 @@ at::Tensor bias_gradient(const char* op, const MappedRows& rows, const at::Tenso
     p.workspace = workspace.mutable_data_ptr();
     check_launch(op, kernels::bias_grad(p, current_stream()), {{"grad", grad}, {"out", out}});
     return out;
-}
-
-at::Tensor combine_rows(const char* op, const at::Tensor& rows, const at::Tensor& gates,
-                        const at::Tensor& slot_position, int64_t top_k, bool grouped) {
-    const at::Tensor rows_ = rows.contiguous();
-    const at::Tensor positions = slot_position.defined() ? slot_position.contiguous() : at::Tensor();
-    at::Tensor y = at::empty({rows.size(0) / top_k, rows.size(1)}, rows.options());
-    kernels::CombineParams p;
-    p.dtype = kernel_dtype(rows.scalar_type());
-    p.rows = rows_.const_data_ptr();
-    p.gates = data_or_null(gates);
-    p.slot_position = static_cast<const int32_t*>(data_or_null(positions));
-    p.grouped = grouped;
-    p.out = y.mutable_data_ptr();
-    p.num_tokens = y.size(0);
-    p.top_k = size_32(op, "top_k", top_k);
-    p.hidden = y.size(1);
-    check_launch(op, kernels::combine(p, current_stream()), {{"rows", rows_}, {"gates", gates}});
-    return y;
 }
 
 }  // namespace scattermoe::cuda

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "../../kernels/activation_kernels.h"
+#include "../../kernels/combine.h"
 #include "../../kernels/grouped_gemm.h"
 #include "support.h"
 
@@ -73,16 +74,42 @@ at::Tensor down_projection_backward(const char* op, const MappedRows& grad_rows,
                                     const kernels::ActivationBackwardParams& activation, bool want_gated_hidden,
                                     const Groups& groups, bool allow_tf32);
 
-// out[e] = sum over the positions of e of left[position]^T right[position], into a tensor [E, m, n] of any strides.
+// y[t] = the sum of the rows of a token's slots times their gates; undefined gates are ones, and an undefined
+// slot_position says that no slot is a sentinel (or that its row is zero). Made first and launched later, by itself or
+// with a weight gradient.
+class SlotSum {
+  public:
+    SlotSum(const char* op, const at::Tensor& rows, const at::Tensor& gates, const at::Tensor& slot_position,
+            int64_t top_k, bool grouped);
+
+    void launch() const;
+    const at::Tensor& out() const { return out_; }
+    const kernels::CombineParams& params() const { return params_; }
+
+  private:
+    const char* op_;
+    at::Tensor rows_;
+    at::Tensor gates_;
+    at::Tensor positions_;
+    at::Tensor out_;
+    kernels::CombineParams params_;
+};
+
+// The same, at once.
+at::Tensor combine_rows(const char* op, const at::Tensor& rows, const at::Tensor& gates,
+                        const at::Tensor& slot_position, int64_t top_k, bool grouped);
+
+// out[e] = sum over the positions of e of left[position]^T right[position], into a tensor [E, m, n] of any strides; and
+// a sum that was made but not launched.
 void weight_gradient(const char* op, const MappedRows& left, const MappedRows& right, const at::Tensor& out,
+                     const Groups& groups, bool allow_tf32, const SlotSum* beside = nullptr);
+
+// Whether a gradient of weights like `weight` is computed by a kernel that takes a sum along; left and right have
+// contiguous rows.
+bool combines_beside(const char* op, const MappedRows& left, const MappedRows& right, const at::Tensor& weight,
                      const Groups& groups, bool allow_tf32);
 
 // [E, n]: the sum over the positions of e of gate * rows[position]; gates [T, K] in the compute dtype, or undefined.
 at::Tensor bias_gradient(const char* op, const MappedRows& rows, const at::Tensor& gates, const Groups& groups);
-
-// y[t] = the sum of the rows of a token's slots times their gates; undefined gates are ones, and an undefined
-// slot_position says that no slot is a sentinel (or that its row is zero).
-at::Tensor combine_rows(const char* op, const at::Tensor& rows, const at::Tensor& gates,
-                        const at::Tensor& slot_position, int64_t top_k, bool grouped);
 
 }  // namespace scattermoe::cuda
