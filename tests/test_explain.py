@@ -101,6 +101,8 @@ def test_sum_beside_a_gradient_of_weights() -> None:
     assert places(hidden_size=504) == [grad, gemm, f"sum and {grad}"]
     # By itself where the gradient of w_up is larger than the rows, but not than what the gradient of w_down is computed from.
     assert places(hidden_size=64, intermediate_size=1024) == [grad, gemm, "combine_kernel", grad]
+    # Or so short beside that gradient that a fourth warpgroup costs more.
+    assert places(intermediate_size=8192, num_experts=64) == [grad, gemm, "combine_kernel", grad]
     # Kernels that have no fourth warpgroup.
     other: dict[str, Any]
     for other in ({"dtype": "float32"}, {"hidden_size": 1020}, {"device": "sm_80"}):
@@ -134,10 +136,15 @@ def test_weight_gradient_with_both_sides_gathered() -> None:
     scattered = explain("parallel_linear", device="sm_90", backward=True, **SIZES)[2]
     assert scattered.kernel == "sm80::weight_grad_kernel" and "both operands are gathered" in scattered.why
     grouped = explain("parallel_linear", device="sm_90", backward=True, grouped_out=True, **SIZES)[2]
-    assert grouped.kernel == "sm90::weight_grad_kernel" and grouped.tile == (256, 128, 64)
+    assert grouped.kernel == "sm90::weight_grad_kernel" and grouped.tile == (128, 256, 64)
+    assert "transposed" in grouped.why
     # A transposed weight gets the transposed product, whose other side is gathered.
     transposed = explain("parallel_linear", device="sm_90", backward=True, grouped_out=True, transposed=True, **SIZES)
-    assert transposed[2].tile == (128, 256, 64)
+    assert transposed[2].tile == (128, 256, 64) and "transposed" not in transposed[2].why
+    # Columns that would fill every other tile of a pair.
+    narrow = {**SIZES, "hidden_size": 128}
+    few = explain("parallel_linear", device="sm_90", backward=True, grouped_out=True, **narrow)[2]
+    assert few.tile == (256, 128, 64) and "cooperative" in few.why
 
 
 def test_tf32_follows_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +201,7 @@ def test_command() -> None:
         return subprocess.run(command, capture_output=True, text=True)
 
     done = run("sm_90")
-    assert done.returncode == 0 and "sm90::weight_grad_kernel 256x128x64" in done.stdout, done.stderr
+    assert done.returncode == 0 and "sm90::weight_grad_kernel 128x256x64" in done.stdout, done.stderr
     done = run("sm_70")
     assert done.returncode == 2 and "expected arch >= 80" in done.stderr
 

@@ -169,9 +169,10 @@ enum class SumPlace : int { kAlone, kBesideDownGradient, kBesideUpGradient };
 // hide the sum: the time of either is proportional to S H, and the quotient is the width.
 constexpr SumPlace place_of_sum(int64_t num_slots, int64_t num_experts, int64_t hidden, int64_t width,
                                 int64_t up_rows) {
-    constexpr int64_t kLongWidth = 512;
+    constexpr int64_t kLongWidth = 512, kTooLongWidth = 4096;
     const int64_t gated_hidden = num_slots * width, up_gradient = num_experts * up_rows * hidden;
     const bool rows_are_larger = num_slots >= num_experts * up_rows;  // than dL/dW_up
+    if (width > kTooLongWidth) return SumPlace::kAlone;  // a helper costs the gradient more than the sum takes
     if (rows_are_larger && (width < kLongWidth || up_gradient < gated_hidden)) return SumPlace::kBesideUpGradient;
     return gated_hidden <= up_gradient ? SumPlace::kBesideDownGradient : SumPlace::kAlone;
 }

@@ -80,14 +80,17 @@ class Launches {
         }
     }
 
-    void weight_gradient(const std::string& step, WeightGradient p, const char* more = "") {
+    // sums: a sum over slots rides along.
+    void weight_gradient(const std::string& step, WeightGradient p, bool sums = false) {
         if (query_.num_experts == 0 || p.m == 0 || p.n == 0) return;
         if (on_cpu()) return cpu_product(step);
         p = as_computed(p);
         const kernels::GemmChoice choice = select(p);
         if (choice.engine == GemmEngine::kHopper) {
-            return hopper(step, "sm90::weight_grad_kernel",
-                          kernels::sm90::select_weight_grad_tile(p.m, p.n, gathered_side(p)), more);
+            return hopper(
+                step, "sm90::weight_grad_kernel",
+                kernels::sm90::select_weight_grad_tile(p.m, p.n, gathered_side(p), sums),
+                sums ? "; a fourth warpgroup sums rows meanwhile, for which this product leaves memory idle" : "");
         }
         portable(step, "weight_grad_kernel", choice,
                  one_gathered(p) ? "" : "; both operands are gathered, which the Hopper kernels do not do");
@@ -243,8 +246,7 @@ void moe_mlp_backward(Launches& out) {
     };
     const auto weight_gradient = [&](const std::string& step, const WeightGradient& p, SumPlace beside) {
         if (place != beside) return out.weight_gradient(step, p);
-        out.weight_gradient(step + ", beside it gradient of x, sum over experts", p,
-                            "; a fourth warpgroup sums rows meanwhile, for which this product leaves memory idle");
+        out.weight_gradient(step + ", beside it gradient of x, sum over experts", p, /*sums=*/true);
     };
     if (q.bias) out.bias_gradient("gradient of down_bias", q.hidden_size);
     out.down_projection_backward({q.intermediate_size, q.hidden_size, /*gathered=*/true, q.transposed});

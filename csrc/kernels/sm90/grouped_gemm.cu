@@ -285,57 +285,66 @@ bool can_run(const WeightGradParams& p) {
 cudaError_t weight_grad(const WeightGradParams& p, Tile tile, cudaStream_t stream) {
     const TileShape shape = tile_shape(tile);
     const GatheredSide side = gathered_side(p);
-    const bool left = side == GatheredSide::kLeft, right = side == GatheredSide::kRight;
+    const bool gathers = side != GatheredSide::kNeither, sums = p.beside != nullptr;
+    // The tile's rows are the right operand's columns then.
+    const bool transposed = side == GatheredSide::kRight && shape.m < shape.n;
+    if (sums && (!combines_beside(side) || transposed)) return cudaErrorNotSupported;
     WeightGradArguments a;
-    cudaError_t error =
-        make_tensor_map<3>(a.out_map, p.dtype, p.out,
-                           {{p.n, p.m, p.num_experts}, {p.out_stride, p.out_expert_stride}, {kStoreColumns, 16, 1}});
+    cudaError_t error = make_tensor_map<3>(
+        a.out_map, p.dtype, p.out,
+        {{p.n, p.m, p.num_experts}, {p.out_stride, p.out_expert_stride}, {kStoreColumns, transposed ? 64 : 16, 1}});
     const auto make_operand_map = [&](CUtensorMap& map, const void* rows, int64_t stride, int64_t columns) {
         return make_tensor_map<2>(map, p.dtype, rows, {{columns, p.num_slots}, {stride}, {64, kStageK}});
     };
-    if (error == cudaSuccess && !left) error = make_operand_map(a.left_map, p.left, p.left_stride, p.m);
-    if (error == cudaSuccess && !right) error = make_operand_map(a.right_map, p.right, p.right_stride, p.n);
+    if (error == cudaSuccess && side != GatheredSide::kLeft) {
+        error = make_operand_map(transposed ? a.right_map : a.left_map, p.left, p.left_stride, p.m);
+    }
+    if (error == cudaSuccess && side != GatheredSide::kRight) {
+        error = make_operand_map(a.right_map, p.right, p.right_stride, p.n);
+    }
     if (error != cudaSuccess) return error;
-    a.gathered = left ? gathered_matrix(p.left, p.left_stride, p.m, p.left_rows)
-                      : gathered_matrix(p.right, p.right_stride, p.n, p.right_rows);
+    a.gathered = side == GatheredSide::kLeft ? gathered_matrix(p.left, p.left_stride, p.m, p.left_rows)
+                                             : gathered_matrix(p.right, p.right_stride, p.n, p.right_rows);
     a.expert_offsets = p.expert_offsets;
     a.num_experts = p.num_experts;
-    a.tiles_m = static_cast<int>(ceil_div(p.m, shape.m));
-    a.tiles_n = static_cast<int>(ceil_div(p.n, shape.n));
-    a.m = p.m;
-    a.n = p.n;
+    a.m = transposed ? p.n : p.m;
+    a.n = transposed ? p.m : p.n;
+    a.tiles_m = static_cast<int>(ceil_div(a.m, shape.m));
+    a.tiles_n = static_cast<int>(ceil_div(a.n, shape.n));
     a.tile_counter = p.tile_counter;
-    if (p.beside != nullptr) {
-        if (!combines_beside(side)) return cudaErrorNotSupported;
-        a.beside = *p.beside;
+    if (sums) a.beside = *p.beside;
+
+    const auto launch = [&]<Tile kTile, GatheredSide kSide, GradVariant kVariant>() {
+        return launch_weight_grad<kTile, kSide, kVariant>(p.dtype, a, stream);
+    };
+    using Side = GatheredSide;
+    using Variant = GradVariant;
+    switch (tile) {
+        case Tile::kPaired128x256:
+            if (transposed) return launch.operator()<Tile::kPaired128x256, Side::kLeft, Variant::kTransposed>();
+            if (!gathers) return cudaErrorNotSupported;
+            return sums ? launch.operator()<Tile::kPaired128x256, Side::kLeft, Variant::kBesideSum>()
+                        : launch.operator()<Tile::kPaired128x256, Side::kLeft, Variant::kPlain>();
+        case Tile::kCooperative128x256:
+            if (transposed) return cudaErrorNotSupported;
+            return gathers ? launch.operator()<Tile::kCooperative128x256, Side::kLeft, Variant::kBesideSum>()
+                           : launch.operator()<Tile::kCooperative128x256, Side::kNeither, Variant::kPlain>();
+        case Tile::kPaired256x128:
+            if (side != Side::kRight) return cudaErrorNotSupported;
+            return launch.operator()<Tile::kPaired256x128, Side::kRight, Variant::kBesideSum>();
+        case Tile::kCooperative256x128:
+            if (side != Side::kRight) return cudaErrorNotSupported;
+            return launch.operator()<Tile::kCooperative256x128, Side::kRight, Variant::kBesideSum>();
+        case Tile::kPingPong128x192:
+            if (gathers) return cudaErrorNotSupported;
+            return launch.operator()<Tile::kPingPong128x192, Side::kNeither, Variant::kPlain>();
+        default:
+            return cudaErrorNotSupported;
     }
-    if (left) {
-        if (tile == Tile::kCooperative128x256) {
-            return launch_weight_grad<Tile::kCooperative128x256, GatheredSide::kLeft>(p.dtype, a, stream);
-        }
-        if (tile == Tile::kPaired128x256) {
-            return launch_weight_grad<Tile::kPaired128x256, GatheredSide::kLeft>(p.dtype, a, stream);
-        }
-    } else if (right) {
-        if (tile == Tile::kCooperative256x128) {
-            return launch_weight_grad<Tile::kCooperative256x128, GatheredSide::kRight>(p.dtype, a, stream);
-        }
-        if (tile == Tile::kPaired256x128) {
-            return launch_weight_grad<Tile::kPaired256x128, GatheredSide::kRight>(p.dtype, a, stream);
-        }
-    } else {
-        if (tile == Tile::kCooperative128x256) {
-            return launch_weight_grad<Tile::kCooperative128x256, GatheredSide::kNeither>(p.dtype, a, stream);
-        }
-        if (tile == Tile::kPingPong128x192) {
-            return launch_weight_grad<Tile::kPingPong128x192, GatheredSide::kNeither>(p.dtype, a, stream);
-        }
-    }
-    return cudaErrorNotSupported;
 }
 
 cudaError_t weight_grad(const WeightGradParams& p, cudaStream_t stream) {
-    return weight_grad(p, select_weight_grad_tile(p.m, p.n, gathered_side(p)).tile, stream);
+    return weight_grad(p, select_weight_grad_tile(p.m, p.n, gathered_side(p), p.beside != nullptr).tile, stream);
 }
 
 }  // namespace scattermoe::kernels::sm90

@@ -34,15 +34,15 @@ using ArgumentsOf = GroupedGemmArguments<typename EpilogueArgumentsOf<kEpilogue>
 template <Tile kTile, Rows kRows, Major kWeightMajor, EpilogueId kEpilogue>
 cudaError_t launch_grouped_gemm(DType dtype, const ArgumentsOf<kEpilogue>& arguments, cudaStream_t stream);
 
-template <Tile kTile, GatheredSide kGathered>
+template <Tile kTile, GatheredSide kGathered, GradVariant kVariant>
 cudaError_t launch_weight_grad(DType dtype, const WeightGradArguments& arguments, cudaStream_t stream);
 
 #define SCATTERMOE_GROUPED_GEMM(TILE, ROWS, MAJOR, EPILOGUE)                                              \
     template cudaError_t launch_grouped_gemm<Tile::TILE, Rows::ROWS, Major::MAJOR, EpilogueId::EPILOGUE>( \
         DType, const ArgumentsOf<EpilogueId::EPILOGUE>&, cudaStream_t)
-#define SCATTERMOE_WEIGHT_GRAD(TILE, GATHERED)                                                                     \
-    template cudaError_t launch_weight_grad<Tile::TILE, GatheredSide::GATHERED>(DType, const WeightGradArguments&, \
-                                                                                cudaStream_t)
+#define SCATTERMOE_WEIGHT_GRAD(TILE, GATHERED, VARIANT)                                                \
+    template cudaError_t launch_weight_grad<Tile::TILE, GatheredSide::GATHERED, GradVariant::VARIANT>( \
+        DType, const WeightGradArguments&, cudaStream_t)
 
 extern SCATTERMOE_GROUPED_GEMM(kPingPong128x192, kInOrder, kK, kStore);
 extern SCATTERMOE_GROUPED_GEMM(kPingPong128x128, kInOrder, kK, kStore);
@@ -63,11 +63,13 @@ extern SCATTERMOE_GROUPED_GEMM(kPaired128x256, kGathered, kK, kSwiglu);
 extern SCATTERMOE_GROUPED_GEMM(kPingPong128x128, kGathered, kMn, kSwigluBackward);
 extern SCATTERMOE_GROUPED_GEMM(kPaired128x256, kGathered, kMn, kSwigluBackward);
 
-extern SCATTERMOE_WEIGHT_GRAD(kPingPong128x192, kNeither);
-extern SCATTERMOE_WEIGHT_GRAD(kCooperative128x256, kNeither);
-extern SCATTERMOE_WEIGHT_GRAD(kCooperative128x256, kLeft);
-extern SCATTERMOE_WEIGHT_GRAD(kPaired128x256, kLeft);
-extern SCATTERMOE_WEIGHT_GRAD(kCooperative256x128, kRight);
-extern SCATTERMOE_WEIGHT_GRAD(kPaired256x128, kRight);
+extern SCATTERMOE_WEIGHT_GRAD(kPingPong128x192, kNeither, kPlain);
+extern SCATTERMOE_WEIGHT_GRAD(kCooperative128x256, kNeither, kPlain);
+extern SCATTERMOE_WEIGHT_GRAD(kPaired128x256, kLeft, kPlain);
+extern SCATTERMOE_WEIGHT_GRAD(kPaired128x256, kLeft, kTransposed);
+extern SCATTERMOE_WEIGHT_GRAD(kPaired128x256, kLeft, kBesideSum);
+extern SCATTERMOE_WEIGHT_GRAD(kCooperative128x256, kLeft, kBesideSum);
+extern SCATTERMOE_WEIGHT_GRAD(kPaired256x128, kRight, kBesideSum);
+extern SCATTERMOE_WEIGHT_GRAD(kCooperative256x128, kRight, kBesideSum);
 
 }  // namespace scattermoe::kernels::sm90

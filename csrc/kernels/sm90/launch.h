@@ -94,17 +94,18 @@ int64_t number_of_tiles(const WeightGradArguments& p) {
            ceil_div(p.tiles_n, kShape.paired && kShape.m > kShape.n ? kPair : 1);
 }
 
-template <Tile kTile, GatheredSide kGathered>
+template <Tile kTile, GatheredSide kGathered, GradVariant kVariant>
 cudaError_t launch_weight_grad(DType dtype, const WeightGradArguments& arguments, cudaStream_t stream) {
     return dispatch_half(dtype, [&](auto tag) {
         using Element = typename decltype(tag)::type;
         static OncePerDevice shared_allowed;
         int64_t tiles = int64_t{arguments.num_experts} * number_of_tiles<kTile>(arguments);
         // Where tiles are fewer than SMs, tokens are not.
-        if (combines_beside(kGathered)) tiles = std::max(tiles, arguments.beside.num_tokens);
-        return launch_persistent(weight_grad_kernel<Element, kTile, kGathered>, shared_allowed,
-                                 tile_shape(kTile).paired, block_threads(combines_beside(kGathered)),
-                                 weight_grad_shared_bytes(kTile), tiles, arguments, stream);
+        constexpr bool kSums = kVariant == GradVariant::kBesideSum;
+        if (kSums) tiles = std::max(tiles, arguments.beside.num_tokens);
+        return launch_persistent(weight_grad_kernel<Element, kTile, kGathered, kVariant>, shared_allowed,
+                                 tile_shape(kTile).paired, block_threads(kSums), weight_grad_shared_bytes(kTile), tiles,
+                                 arguments, stream);
     });
 }
 

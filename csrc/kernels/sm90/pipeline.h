@@ -17,6 +17,7 @@ namespace scattermoe::kernels::sm90 {
 enum class NamedBarrier : int {
     kBlock = 0,  // __syncthreads()
     kTail = 1,   // and the next one: zeroed rows are in place, of all consumers or of each warpgroup
+    kStore = 3,  // and the next one: a consumer warpgroup's staging buffer
 };
 
 // A place in the ring and the parity of its current turn.

@@ -70,18 +70,26 @@ constexpr bool deals_tiles(int64_t k) {
 // out[e] = left^T right, left and right of m and n columns.
 enum class GatheredSide : int { kNeither, kLeft, kRight };
 
-// Whether the kernel has a helper that can sum rows over the slots of tokens meanwhile: in an MLP's backward it does.
-SCATTERMOE_HD constexpr bool combines_beside(GatheredSide gathered) {
+// A weight gradient's kernel can have a helper that sums rows over the slots of tokens meanwhile; or write the
+// transposed gradient, so that what is gathered on the right may be taken as the left.
+enum class GradVariant : int { kPlain, kBesideSum, kTransposed };
+
+// Whether there is a kernel with a helper: where an MLP's backward wants one.
+constexpr bool combines_beside(GatheredSide gathered) {
     return gathered != GatheredSide::kNeither;
 }
 
-constexpr TileChoice select_weight_grad_tile(int64_t m, int64_t n, GatheredSide gathered) {
+// sums: something is summed beside. One instruction multiplies all columns of a 128x256 tile, if the kernel has no
+// helper; that is why a gradient with the right side gathered is better computed transposed.
+constexpr TileChoice select_weight_grad_tile(int64_t m, int64_t n, GatheredSide gathered, bool sums) {
     switch (gathered) {
         case GatheredSide::kLeft:
             if (!wastes_more(m, 256, 128, 8))
                 return {Tile::kPaired128x256, "paired 128x256: the gathered side is the short one"};
             return {Tile::kCooperative128x256, "cooperative 128x256: the gathered side is the short one"};
         case GatheredSide::kRight:
+            if (!sums && !wastes_more(n, 256, 128, 8) && !wastes_more(m, 256, 128, 20))
+                return {Tile::kPaired128x256, "paired 128x256, transposed: the gathered side is the short one"};
             if (!wastes_more(n, 256, 128, 8))
                 return {Tile::kPaired256x128, "paired 256x128: the gathered side is the short one"};
             return {Tile::kCooperative256x128, "cooperative 256x128: the gathered side is the short one"};

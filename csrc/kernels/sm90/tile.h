@@ -148,6 +148,10 @@ struct HelperRegisterBudget {
 // nothing to do but store them; the helper sums rows, eight in flight.
 inline constexpr HelperRegisterBudget kCombiningWeightGradBudget{64, 168, 112};
 
+// Without a helper.
+inline constexpr RegisterBudget kGatheringWeightGradBudget{64, 216};
+static_assert(fits_registers(kGatheringWeightGradBudget));
+
 constexpr bool fits_registers(HelperRegisterBudget budget) {
     return budget.producer + kConsumers * budget.consumer + budget.helper <=
            (2 + kConsumers) * kLaunchRegistersWithHelper;

@@ -97,10 +97,10 @@ class DepthTiles {
     uint32_t order_;
 };
 
-template <typename Element, Tile kTile, GatheredSide kGathered>
+template <typename Element, Tile kTile, GatheredSide kGathered, GradVariant kVariant>
 struct WeightGrad {
     using Arguments = WeightGradArguments;
-    static constexpr bool kCombines = combines_beside(kGathered);
+    static constexpr bool kCombines = kVariant == GradVariant::kBesideSum;
     using Loop = Mainloop<Element, kTile, Major::kMn, Major::kMn, kCombines ? 128 : tile_shape(kTile).n>;
     using Layout = SharedLayout<kTile>;
     using Ring = typename Loop::Ring;
@@ -293,7 +293,11 @@ struct WeightGrad {
                     if constexpr (kShape.ping_pong) ring.pass_turn(warp.consumer, warp.lane);
                     look_ahead();
                 });
-            write(p, sums, warp, store, tile);
+            if constexpr (kVariant == GradVariant::kTransposed) {
+                write_transposed(p, sums, warp, shared + Layout::kStaging, tile);
+            } else {
+                write(p, sums, warp, store, tile);
+            }
             if (kShape.ping_pong && more) {  // the other's tile
                 at.advance(next.k_blocks());
                 look_ahead();
@@ -324,6 +328,46 @@ struct WeightGrad {
             }
         }
     }
+
+    // Rows of the tile are columns of the output: a warpgroup's 64, of 64 of the tile's columns at a time, are turned
+    // on their way to staging buffers that its warps have in common.
+    __device__ __forceinline__ static void write_transposed(const Arguments& p, const typename Loop::Sums& sums,
+                                                            const ConsumerWarp<kTile>& warp, uint32_t staging,
+                                                            const DepthTile& tile) {
+        static_assert(kShape.consumer_blocks() == 1 && !kShape.ping_pong && kShape.staging_buffers == 2);
+        constexpr int kBytes = 64 * 128;  // 64 rows of 64 columns
+        const auto meet = [&] {
+            ptx::named_barrier_sync<kWarpgroupThreads>(static_cast<int>(NamedBarrier::kStore) + warp.consumer);
+        };
+        const int first_row = tile.row * kShape.m + warp.consumer * 64;
+        if (first_row >= p.m) return;
+        const bool sends = warp.warp == 0 && warp.lane == 0;
+        const float (&s)[kShape.n / 2] = sums[0];
+        // Of the four matrices that a warp turns at a time, those of the lane's address.
+        const int matrix = warp.lane / 8, row = matrix / 2 * 8 + warp.lane % 8;
+        const int chunk = (warp.warp * 2 + matrix % 2) ^ warp.lane % 8;
+#pragma unroll
+        for (int part = 0; part < kShape.n / 64; ++part) {
+            const int first_column = tile.column * kShape.n + part * 64;
+            if (first_column >= p.n) break;
+            const uint32_t buffer = staging + (warp.consumer * 2 + part % 2) * kBytes;
+            if (sends) ptx::tma_store_wait_read<1>();
+            meet();
+#pragma unroll
+            for (int j = 0; j < 8; j += 2) {
+                const int i = (part * 8 + j) * 4;
+                ptx::stmatrix_x4_transposed(buffer + (j * 8 + row) * 128 + chunk * 16, pack<Element>(s[i], s[i + 1]),
+                                            pack<Element>(s[i + 2], s[i + 3]), pack<Element>(s[i + 4], s[i + 5]),
+                                            pack<Element>(s[i + 6], s[i + 7]));
+            }
+            ptx::fence_proxy_async();
+            meet();
+            if (sends) {
+                ptx::tma_store(p.out_map, buffer, first_row, first_column, tile.expert);
+                ptx::tma_store_commit();
+            }
+        }
+    }
 };
 
 // The helper's tokens: a warp takes one after the other, each as wide as it is.
@@ -341,16 +385,16 @@ __device__ __forceinline__ void combine_tokens(const CombineParams& p) {
 }
 
 // Each role is one branch, with the registers that it needs.
-template <typename Element, Tile kTile, GatheredSide kGathered>
-__global__ void __launch_bounds__(block_threads(combines_beside(kGathered)), 1)
+template <typename Element, Tile kTile, GatheredSide kGathered, GradVariant kVariant>
+__global__ void __launch_bounds__(block_threads(kVariant == GradVariant::kBesideSum), 1)
     weight_grad_kernel(const __grid_constant__ WeightGradArguments p) {
-    using Grad = WeightGrad<Element, kTile, kGathered>;
+    using Grad = WeightGrad<Element, kTile, kGathered, kVariant>;
     constexpr bool kCombines = Grad::kCombines;
     constexpr auto kBudget = [] {
         if constexpr (kCombines) {
             return kCombiningWeightGradBudget;
         } else {
-            return register_budget(/*gathers=*/false, /*crowded=*/false);
+            return Grad::kGathers ? kGatheringWeightGradBudget : register_budget(/*gathers=*/false, /*crowded=*/false);
         }
     }();
     extern __shared__ __align__(1024) unsigned char dynamic_shared[];

@@ -2,6 +2,6 @@
 
 namespace scattermoe::kernels::sm90 {
 
-SCATTERMOE_WEIGHT_GRAD(kPaired128x256, kLeft);
+SCATTERMOE_WEIGHT_GRAD(kPaired128x256, kLeft, kPlain);
 
 }  // namespace scattermoe::kernels::sm90

@@ -2,6 +2,6 @@
 
 namespace scattermoe::kernels::sm90 {
 
-SCATTERMOE_WEIGHT_GRAD(kCooperative128x256, kLeft);
+SCATTERMOE_WEIGHT_GRAD(kCooperative128x256, kLeft, kBesideSum);
 
 }  // namespace scattermoe::kernels::sm90

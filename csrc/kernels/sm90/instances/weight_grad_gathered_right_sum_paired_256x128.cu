@@ -2,6 +2,6 @@
 
 namespace scattermoe::kernels::sm90 {
 
-SCATTERMOE_WEIGHT_GRAD(kCooperative256x128, kRight);
+SCATTERMOE_WEIGHT_GRAD(kPaired256x128, kRight, kBesideSum);
 
 }  // namespace scattermoe::kernels::sm90

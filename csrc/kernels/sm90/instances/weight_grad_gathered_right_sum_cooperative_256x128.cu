@@ -1,0 +1,7 @@
+#include "../launch.h"
+
+namespace scattermoe::kernels::sm90 {
+
+SCATTERMOE_WEIGHT_GRAD(kCooperative256x128, kRight, kBesideSum);
+
+}  // namespace scattermoe::kernels::sm90
