@@ -24,6 +24,7 @@ ROUTINGS = (
     "sentinels",
     "mostly_sentinels",
     "all_sentinels",
+    "tile_ends",
 )
 ID_DTYPES = (torch.int64, torch.int32, torch.int16)
 LAYOUTS = ("contiguous", "padded_rows", "strided", "transposed", "offset", "expanded")
@@ -65,6 +66,13 @@ def make_ids(
         ids = torch.where(torch.rand(shape, generator=g) < 0.9, torch.tensor(-1), uniform)
     elif routing == "all_sentinels":
         ids = torch.where(torch.rand(shape, generator=g) < 0.5, torch.tensor(-1), torch.tensor(experts))
+    elif routing == "tile_ends":
+        # As many slots for an expert as end a tile, or a part of one, or just do not; what is left has none.
+        counts = torch.tensor([1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 0, 255, 256, 257]).repeat(experts)[:experts]
+        ids = torch.full((tokens * top_k,), -1)
+        of_experts = torch.arange(experts).repeat_interleave(counts)[: ids.numel()]
+        ids[: of_experts.numel()] = of_experts
+        ids = ids[torch.randperm(ids.numel(), generator=g)].view(shape)
     else:
         raise ValueError(f"unknown routing {routing}")
     return ids.to(dtype).contiguous()

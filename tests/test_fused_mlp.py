@@ -53,6 +53,14 @@ def test_dtypes(device: str, dtype: torch.dtype, biases: tuple[str, ...], weight
     )
 
 
+# Experts of 1 to 257 rows: both sides of where tiles of rows end, and pairs of tiles, and their halves.
+@pytest.mark.parametrize("hidden, width", [(72, 136), (264, 72)])
+@pytest.mark.parametrize("glu_layout", ["gate_up", "interleaved"])
+def test_ends_of_tiles(device: str, hidden: int, width: int, glu_layout: str) -> None:
+    sizes = {"tokens": 990, "top_k": 2, "experts": 15, "hidden": hidden, "width": width, "glu_layout": glu_layout}
+    check(Mlp(**sizes, routing="tile_ends", dtype=torch.bfloat16, device=device))
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])

@@ -39,6 +39,17 @@ def test_routings(device: str, routing: str, rows: str, dtype: torch.dtype) -> N
     check(Linear(rows=rows, routing=routing, dtype=dtype, grouped_out=rows == "token", device=device))
 
 
+# Enough slots for experts of 1 to 257 rows, on both sides of where tiles of rows end, and pairs of tiles, and their halves.
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("weight_layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("n_in, n_out", [(72, 136), (136, 264)])
+def test_ends_of_tiles(device: str, rows: str, weight_layout: str, n_in: int, n_out: int) -> None:
+    case = Linear(tokens=990, top_k=2, experts=15, n_in=n_in, n_out=n_out, rows=rows, weight_layout=weight_layout)
+    for grouped_out in (False, True):
+        ends = {"routing": "tile_ends", "grouped_out": grouped_out, "dtype": torch.bfloat16, "device": device}
+        check(Linear(**(vars(case) | ends)))
+
+
 @pytest.mark.parametrize("experts", EXPERT_COUNTS)
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_expert_counts(device: str, experts: int, top_k: int) -> None:
