@@ -33,9 +33,10 @@ struct EpilogueOf<EpilogueId::kSwigluBackward, Element, kTile> {
     using Type = GluBackwardEpilogue<Element, kTile, Activation::kSwiglu>;
 };
 
-// One block on every SM, or fewer where there are fewer tiles.
+// One block on every SM, or fewer where there are fewer tiles; `cluster` of them together, which a tile's number is
+// for.
 template <typename Arguments>
-cudaError_t launch_persistent(void (*kernel)(Arguments), OncePerDevice& shared_allowed, bool paired, int threads,
+cudaError_t launch_persistent(void (*kernel)(Arguments), OncePerDevice& shared_allowed, int cluster, int threads,
                               int shared, int64_t tiles, const Arguments& arguments, cudaStream_t stream) {
     int device = 0, multiprocessors = 0;
     cudaError_t error = cudaGetDevice(&device);
@@ -49,7 +50,6 @@ cudaError_t launch_persistent(void (*kernel)(Arguments), OncePerDevice& shared_a
     if (error != cudaSuccess) return error;
     // Tile numbers run past the last by some grids.
     if (tiles > INT32_MAX - 4 * multiprocessors) return cudaErrorInvalidConfiguration;
-    const int cluster = paired ? kPair : 1;
     const int64_t clusters = std::clamp<int64_t>(tiles, 1, std::max(multiprocessors / cluster, 1));
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -60,7 +60,7 @@ cudaError_t launch_persistent(void (*kernel)(Arguments), OncePerDevice& shared_a
     config.dynamicSmemBytes = static_cast<size_t>(shared);
     config.stream = stream;
     config.attrs = &attribute;
-    config.numAttrs = paired ? 1 : 0;
+    config.numAttrs = cluster > 1 ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 
@@ -78,20 +78,12 @@ cudaError_t launch_grouped_gemm(DType dtype, const ArgumentsOf<kEpilogue>& argum
         static OncePerDevice shared_allowed;
         using Epilogue = typename EpilogueOf<kEpilogue, Element, kTile>::Type;
         // Tiles of rows: one for each full one, and a ragged one for each expert that has rows.
-        const int64_t tiles = max_row_tiles(arguments.num_slots, arguments.num_experts,
-                                            tile_shape(kTile).m * (tile_shape(kTile).paired ? kPair : 1)) *
-                              arguments.tiles_n;
+        constexpr TileShape kShape = tile_shape(kTile);
+        const int64_t tiles =
+            max_row_tiles(arguments.num_slots, arguments.num_experts, kShape.m * kShape.pair_m()) * arguments.tiles_n;
         return launch_persistent(grouped_gemm_kernel<Element, kTile, kRows, kWeightMajor, Epilogue>, shared_allowed,
-                                 tile_shape(kTile).paired, kThreads, shared_bytes(kTile), tiles, arguments, stream);
+                                 kShape.pair_m(), kThreads, shared_bytes(kTile), tiles, arguments, stream);
     });
-}
-
-// Or of pairs of tiles.
-template <Tile kTile>
-int64_t number_of_tiles(const WeightGradArguments& p) {
-    constexpr TileShape kShape = tile_shape(kTile);
-    return ceil_div(p.tiles_m, kShape.paired && kShape.m < kShape.n ? kPair : 1) *
-           ceil_div(p.tiles_n, kShape.paired && kShape.m > kShape.n ? kPair : 1);
 }
 
 template <Tile kTile, GatheredSide kGathered, GradVariant kVariant>
@@ -99,13 +91,15 @@ cudaError_t launch_weight_grad(DType dtype, const WeightGradArguments& arguments
     return dispatch_half(dtype, [&](auto tag) {
         using Element = typename decltype(tag)::type;
         static OncePerDevice shared_allowed;
-        int64_t tiles = int64_t{arguments.num_experts} * number_of_tiles<kTile>(arguments);
+        constexpr TileShape kShape = tile_shape(kTile);
+        int64_t tiles = int64_t{arguments.num_experts} * ceil_div(arguments.tiles_m, kShape.pair_m()) *
+                        ceil_div(arguments.tiles_n, kShape.pair_n());
         // Where tiles are fewer than SMs, tokens are not.
         constexpr bool kSums = kVariant == GradVariant::kBesideSum;
         if (kSums) tiles = std::max(tiles, arguments.beside.num_tokens);
         return launch_persistent(weight_grad_kernel<Element, kTile, kGathered, kVariant>, shared_allowed,
-                                 tile_shape(kTile).paired, block_threads(kSums), weight_grad_shared_bytes(kTile), tiles,
-                                 arguments, stream);
+                                 kShape.pair_m() * kShape.pair_n(), block_threads(kSums),
+                                 weight_grad_shared_bytes(kTile), tiles, arguments, stream);
     });
 }
 

@@ -19,7 +19,7 @@ constexpr bool wastes_more(int64_t n, int tile, int other, int part) {
     return round_up(n, tile) > round_up(n, other) + round_up(n, other) / part;
 }
 
-// Of which nobody finds in L2 what was read a tile ago.
+// Longer ones read so much for a tile that nobody finds in L2 what was read for the tile before.
 inline constexpr int64_t kLongContraction = 8192;
 
 // out = in W^T, k: the contraction.
@@ -62,7 +62,7 @@ constexpr TileChoice select_glu_backward_tile(int64_t n, int64_t k) {
 }
 
 // Whether tiles are dealt out as blocks ask for them, or beforehand. With a short contraction, asking costs more than
-// blocks that drift apart; with a very long one, nobody finds in L2 what was read a tile ago.
+// blocks that drift apart; with a long one it gains nothing.
 constexpr bool deals_tiles(int64_t k) {
     return k > 512 && k <= kLongContraction;
 }

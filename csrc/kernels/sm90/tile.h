@@ -40,6 +40,9 @@ struct TileShape {
     // Blocks of 64 rows that a consumer warpgroup multiplies.
     SCATTERMOE_HD constexpr int consumer_blocks() const { return ping_pong ? m / 64 : m / 128; }
     SCATTERMOE_HD constexpr int accumulators() const { return consumer_blocks() * n / 2; }
+    // How many tiles side by side are a pair's, along m and along n: the wide operand is what they have in common.
+    SCATTERMOE_HD constexpr int pair_m() const { return paired && m < n ? kPair : 1; }
+    SCATTERMOE_HD constexpr int pair_n() const { return paired && m > n ? kPair : 1; }
 };
 
 SCATTERMOE_HD constexpr TileShape tile_shape(Tile tile) {

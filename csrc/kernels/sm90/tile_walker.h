@@ -18,7 +18,7 @@ namespace scattermoe::kernels::sm90 {
 struct OutputTile {
     int expert;
     int32_t row;   // grouped position of the first
-    int32_t rows;  // of the tile that are the expert's: from 1 up, more than a tile has where others follow
+    int32_t rows;  // that are the expert's: more than a tile has where others follow, 0 only in one of a pair
     int column;    // tile of columns
 
     // What one of a pair has of a tile of twice kTileM rows: half, of full ones kTileM; or none.

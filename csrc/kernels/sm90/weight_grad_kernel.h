@@ -107,10 +107,8 @@ struct WeightGrad {
     using Position = typename Ring::Position;
     using Queue = TileQueue<tile_shape(kTile).paired>;
     static constexpr TileShape kShape = tile_shape(kTile);
-    // The wide operand is what a pair has in common.
-    static constexpr bool kSharesLeft = kShape.paired && kShape.m > kShape.n;
-    static constexpr bool kSharesRight = kShape.paired && !kSharesLeft;
-    using Tiles = DepthTiles<kSharesRight ? kPair : 1, kSharesLeft ? kPair : 1>;
+    static constexpr bool kSharesLeft = kShape.pair_n() > 1, kSharesRight = kShape.pair_m() > 1;
+    using Tiles = DepthTiles<kShape.pair_m(), kShape.pair_n()>;
     static constexpr bool kGathers = kGathered != GatheredSide::kNeither;
     static constexpr bool kLeftInOrder = kGathered != GatheredSide::kLeft;
     static constexpr bool kRightInOrder = kGathered != GatheredSide::kRight;
