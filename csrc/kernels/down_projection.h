@@ -20,7 +20,7 @@ struct DownProjectionBackwardParams {
 // Whether one kernel computes both; out is then not needed. Else it is, and gated_hidden may be the same.
 bool down_projection_backward_is_fused(const DownProjectionBackwardParams& params);
 
-// How many sums for each slot the fused kernel leaves to be added up; 0 where it is another, or no gradient of gates.
+// How many sums for each slot the fused kernel leaves to be added up; 0 where it leaves none, or is another.
 // fused, here and below: what down_projection_backward_is_fused() said.
 int32_t gate_parts(const DownProjectionBackwardParams& params, bool fused);
 

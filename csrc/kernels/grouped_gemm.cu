@@ -6,6 +6,7 @@
 #include "simt/instances.h"
 #include "sm80/instances.h"
 #include "sm90/select.h"
+#include "tile_scheduler.h"
 
 namespace scattermoe::kernels {
 
@@ -20,14 +21,24 @@ bool stride_fits(int64_t stride, DType dtype) {
     return stride * size_of(dtype) <= kMaxRowBytes;
 }
 
+// Whether blocks have to ask for tiles: the first two of each are its own (sm90/tile_queue.h), or of each pair. `tiles`:
+// how many there would be of the smallest.
+bool asks_for_tiles(int64_t tiles) {
+    DeviceFacts device;
+    return current_device(device) == cudaSuccess && tiles > device.multiprocessors;
+}
+constexpr int kSmallestTile = 128;
+
 }  // namespace
 
 bool counts_tiles(const GroupedGemmParams& p) {
-    return sm90::deals_tiles(p.k) && takes_hopper(p);
+    return sm90::deals_tiles(p.k) && takes_hopper(p) &&
+           asks_for_tiles(max_row_tiles(p.num_slots, p.num_experts, kSmallestTile) * ceil_div(p.n, kSmallestTile));
 }
 
 bool counts_tiles(const WeightGradParams& p) {
-    return takes_hopper(p);
+    return takes_hopper(p) &&
+           asks_for_tiles(int64_t{p.num_experts} * ceil_div(p.m, kSmallestTile) * ceil_div(p.n, kSmallestTile));
 }
 
 cudaError_t grouped_gemm(const GroupedGemmParams& p, cudaStream_t stream) {
@@ -41,10 +52,10 @@ cudaError_t grouped_gemm(const GroupedGemmParams& p, cudaStream_t stream) {
 #if defined(SCATTERMOE_SM90)
     if (takes_hopper(p)) return sm90::grouped_gemm(p, stream);
 #endif
-    int arch = 0;
-    const cudaError_t error = code_architecture(arch);
+    DeviceFacts device;
+    const cudaError_t error = current_device(device);
     if (error != cudaSuccess) return error;
-    const GemmChoice choice = select_gemm(gemm_query(p, arch, aligned, /*hopper=*/false));
+    const GemmChoice choice = select_gemm(gemm_query(p, device.code_architecture, aligned, /*hopper=*/false));
     if (choice.engine == GemmEngine::kSimt) {
         return p.dtype == DType::kFloat64 ? simt::grouped_gemm_fp64(p, stream) : simt::grouped_gemm_fp32(p, stream);
     }
@@ -78,10 +89,10 @@ cudaError_t weight_grad(const WeightGradParams& p, cudaStream_t stream) {
 #if defined(SCATTERMOE_SM90)
     if (takes_hopper(p)) return sm90::weight_grad(p, stream);
 #endif
-    int arch = 0;
-    const cudaError_t error = code_architecture(arch);
+    DeviceFacts device;
+    const cudaError_t error = current_device(device);
     if (error != cudaSuccess) return error;
-    const GemmChoice choice = select_gemm(gemm_query(p, arch, aligned, /*hopper=*/false));
+    const GemmChoice choice = select_gemm(gemm_query(p, device.code_architecture, aligned, /*hopper=*/false));
     if (choice.engine == GemmEngine::kSimt) {
         return p.dtype == DType::kFloat64 ? simt::weight_grad_fp64(p, stream) : simt::weight_grad_fp32(p, stream);
     }

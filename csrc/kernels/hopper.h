@@ -29,9 +29,10 @@ inline GemmQuery gemm_query(const sm90::GluBackwardGemmParams& p, int arch, bool
 template <typename Params>
 bool takes_hopper([[maybe_unused]] const Params& p) {
 #if defined(SCATTERMOE_SM90)
-    int arch = 0;
-    return code_architecture(arch) == cudaSuccess && arch == 90 && sm90::is_enabled() && sm90::can_run(p) &&
-           select_gemm(gemm_query(p, arch, /*aligned=*/true, /*hopper=*/true)).engine == GemmEngine::kHopper;
+    DeviceFacts device;
+    return current_device(device) == cudaSuccess && device.code_architecture == 90 && sm90::is_enabled() &&
+           sm90::can_run(p) &&
+           select_gemm(gemm_query(p, device.code_architecture, /*aligned=*/true, /*hopper=*/true)).engine == GemmEngine::kHopper;
 #else
     return false;
 #endif

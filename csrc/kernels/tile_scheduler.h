@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "fast_divider.h"
 #include "types.h"
 #include "vector.h"
 
@@ -22,6 +23,45 @@ struct TileIndex {
     int n;
 };
 
+// 2^32 / d, rounded up, for 1 < d <= kBand.
+constexpr uint32_t band_reciprocal(uint32_t d) {
+    return static_cast<uint32_t>((uint64_t{1} << 32) / d + ((uint64_t{1} << 32) % d != 0 ? 1 : 0));
+}
+
+// n / rows for 0 <= n < 2^28 and 0 < rows <= kBand.
+__device__ __forceinline__ int divide_by_band_rows(int n, int rows) {
+    static_assert(kBand == 16);
+    static constexpr uint32_t kReciprocals[kBand + 1] = {
+        0,
+        0,
+        band_reciprocal(2),
+        band_reciprocal(3),
+        band_reciprocal(4),
+        band_reciprocal(5),
+        band_reciprocal(6),
+        band_reciprocal(7),
+        band_reciprocal(8),
+        band_reciprocal(9),
+        band_reciprocal(10),
+        band_reciprocal(11),
+        band_reciprocal(12),
+        band_reciprocal(13),
+        band_reciprocal(14),
+        band_reciprocal(15),
+        band_reciprocal(16),
+    };
+    return rows == 1 ? n : static_cast<int>(__umulhi(static_cast<uint32_t>(n), kReciprocals[rows]));
+}
+
+// by_tiles_n: divides by tiles_n.
+__device__ __forceinline__ TileIndex banded_order(int index, int tiles_m, int tiles_n, const FastDivider& by_tiles_n) {
+    const int band = by_tiles_n.divide(index / kBand), rest = index - band * (kBand * tiles_n);
+    const int rows = min(kBand, tiles_m - band * kBand);
+    const int column = divide_by_band_rows(rest, rows);
+    return {band * kBand + rest - column * rows, column};
+}
+
+// For who asks once.
 __device__ __forceinline__ TileIndex banded_order(int index, int tiles_m, int tiles_n) {
     const int band_size = kBand * tiles_n;
     const int band = index / band_size, rest = index % band_size;

@@ -72,10 +72,10 @@ class Launches {
             return rows("activation backward", "activation_backward_kernel", p.n);
         }
         hopper("gradient of hidden with activation backward", "sm90::grouped_gemm_kernel",
-               kernels::sm90::select_glu_backward_tile(p.n, p.k));
+               kernels::sm90::select_glu_backward_tile());
         if (query_.bias) {
             add("gradient of gates", "gate_grad_bias_kernel", "what the tiles summed, and the bias's part");
-        } else {
+        } else if (kernels::sm90::gate_parts(p.n) > 1) {
             add("gradient of gates", "gate_grad_kernel", "what the tiles summed, in the order of their columns");
         }
     }

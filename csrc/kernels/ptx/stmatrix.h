@@ -28,6 +28,12 @@ __device__ __forceinline__ void store_shared_64(uint32_t address, uint32_t r0, u
     asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(r0), "r"(r1) : "memory");
 }
 
+__device__ __forceinline__ uint2 load_shared_64(uint32_t address) {
+    uint2 value;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
+    return value;
+}
+
 __device__ __forceinline__ uint4 load_shared_128(uint32_t address) {
     uint4 value;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"

@@ -73,7 +73,10 @@ cudaError_t launch_grouped_gemm(const GroupedGemmParams& p, cudaStream_t stream)
     constexpr GemmTile kTile = tile_shape(kTileId);
     const auto kernel = grouped_gemm_kernel<Element, kTileId, kWeightMajor, kAligned>;
     static OncePerDevice shared_memory_allowed;
-    const cudaError_t error = shared_memory_allowed.run([&] {
+    DeviceFacts device;
+    cudaError_t error = current_device(device);
+    if (error != cudaSuccess) return error;
+    error = shared_memory_allowed.run(device.device, [&] {
         return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kTile.shared_bytes());
     });
     if (error != cudaSuccess) return error;

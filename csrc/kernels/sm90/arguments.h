@@ -10,6 +10,7 @@
 
 #include "../activation.h"
 #include "../combine.h"
+#include "../fast_divider.h"
 #include "../grouped_gemm.h"
 #include "../vector.h"
 #include "select.h"
@@ -89,12 +90,15 @@ struct GluArguments {
 
 // For a row of slot s with gate g:  grad_z = g dA act'(z),  gated_hidden = g act(z),  grad_gates[s] = <dA, act(z)>.
 struct GluBackwardArguments {
-    const void* z;              // [S, 2 width], its layout that of grad_z
+    CUtensorMap z_map;             // [S, halves, 2 width / halves], as in GluMatrix; a tile's rows at a time
+    CUtensorMap grad_z_map;        // the same, sixteen rows at a time
+    CUtensorMap gated_hidden_map;  // [S, 1, width]
     void* grad_z;               // like z, which it may be, or none
     void* gated_hidden;         // [S, width], or none
     const float* gates;         // by slot
     const int32_t* slot_order;  // [S]
     float* gate_partials;       // [tiles_n, S], or none: <dA, act(z)> over a tile's columns, by grouped position
+    float* grad_gates;          // [S] by slot, or none: the same where one tile has all columns
     int num_slots;
     int width;
     GluLayout layout;
@@ -117,6 +121,7 @@ struct GroupedGemmArguments {
     int num_experts;
     int num_slots;
     int tiles_n;
+    FastDivider by_tiles_n;
     int k_blocks;
     int first_half;     // of the weight's rows: that of the tile's first half
     int* tile_counter;  // tile_queue.h
@@ -132,6 +137,8 @@ struct WeightGradArguments {
     int num_experts;
     int tiles_m;
     int tiles_n;
+    FastDivider by_tiles;    // of an expert, a pair's taken as one
+    FastDivider by_tiles_n;  // likewise
     int n;
     int m;
     int* tile_counter;     // tile_queue.h

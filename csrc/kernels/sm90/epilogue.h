@@ -13,6 +13,11 @@
 
 namespace scattermoe::kernels::sm90 {
 
+// An epilogue for which nothing comes by way of the ring.
+struct NoInput {
+    static constexpr bool kHasInput = false;
+};
+
 // What every epilogue of a grouped product has: where its warp stands in a tile, and its part of the staging buffers.
 template <Tile kTile>
 struct ConsumerWarp {
@@ -77,7 +82,7 @@ __device__ __forceinline__ void add_bias(float (&sums)[kBlocks][kSums], Bias&& b
 }
 
 template <typename Element, Tile kTile>
-class StoreEpilogue {
+class StoreEpilogue : public NoInput {
     static constexpr TileShape kShape = tile_shape(kTile);
     using Store = StagedStore<Element, kStoreColumns, kShape.staging_buffers>;
 
@@ -89,9 +94,7 @@ class StoreEpilogue {
     __device__ __forceinline__ StoreEpilogue(const Arguments& arguments, uint32_t staging)
         : arguments_(arguments), store_(warp_.staging(staging)) {}
 
-    // Before a tile's products, and while the last of them run.
     __device__ __forceinline__ void begin(const OutputTile&) {}
-    __device__ __forceinline__ void look_ahead(const OutputTile&) {}
 
     template <typename Sums>
     __device__ __forceinline__ void run(Sums& sums, const OutputTile& tile) {
@@ -136,7 +139,7 @@ class StoreEpilogue {
 };
 
 template <typename Element, Tile kTile, Activation kActivation>
-class GluEpilogue {
+class GluEpilogue : public NoInput {
     static constexpr TileShape kShape = tile_shape(kTile);
     static constexpr int kHalf = kShape.n / 2;  // columns
     static constexpr int kPart = glu_store_columns(kTile);
@@ -152,9 +155,7 @@ class GluEpilogue {
     __device__ __forceinline__ GluEpilogue(const Arguments& arguments, uint32_t staging)
         : arguments_(arguments), store_(warp_.staging(staging)) {}
 
-    // Before a tile's products, and while the last of them run.
     __device__ __forceinline__ void begin(const OutputTile&) {}
-    __device__ __forceinline__ void look_ahead(const OutputTile&) {}
 
     template <typename Sums>
     __device__ __forceinline__ void run(Sums& sums, const OutputTile& tile) {

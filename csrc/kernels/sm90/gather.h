@@ -112,9 +112,10 @@ class GatheredDepthRows {
             for (int i = 0; i < kCopies; ++i)
                 ptx::cp_async_16(place(i), source_[i]);
         } else {
+            const int left = depth - first;
 #pragma unroll
             for (int i = 0; i < kCopies; ++i) {
-                ptx::cp_async_16(place(i), source_[i], first + i * kCopyRows < depth ? 16 : 0);
+                ptx::cp_async_16(place(i), source_[i], left > i * kCopyRows ? 16 : 0);
             }
         }
     }

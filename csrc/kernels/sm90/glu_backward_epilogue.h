@@ -8,283 +8,301 @@
 #include <type_traits>
 
 #include "../activation.h"
-#include "../ptx/global_memory.h"
+#include "../ptx/elect.h"
+#include "../ptx/fence.h"
+#include "../ptx/ldmatrix.h"
 #include "../ptx/stmatrix.h"
+#include "../ptx/tma.h"
+#include "../ptx/mbarrier.h"
 #include "epilogue.h"
+#include "pipeline.h"
 
 namespace scattermoe::kernels::sm90 {
 
-// A thread's part of the activation's backward: eight columns of a row, of which z has gates and ups.
-template <typename Element, Activation kActivation>
-class GluBackwardVectors {
+// z comes the way the operands do: a tile's last products are followed in the ring by stages that hold gates and ups of
+// 64 columns each, for all of the tile's rows. ldmatrix gives them to the lanes as the accumulators lie. grad_z takes
+// z's place in the stage, gated_hidden the place of the rows, and the copy engine takes them from there; a stage is
+// empty once it has.
+template <typename Element, Tile kTile, Activation kActivation>
+class GluBackwardEpilogue {
+    static constexpr TileShape kShape = tile_shape(kTile);
+    static constexpr int kPartColumns = 64;
+    static constexpr int kParts = kShape.n / kPartColumns;
+    static constexpr int kHalfBytes = kShape.m * kPartColumns * 2;
+    using Layout = SharedLayout<kTile>;
+    using Ring = Pipeline<Layout::kStages, kShape.paired>;
     static_assert(sizeof(Element) == 2 && is_gated(kActivation));
+    static_assert(!kShape.ping_pong && kShape.consumer_blocks() == 1);
+    static_assert(2 * kHalfBytes <= kShape.b_bytes() && kHalfBytes <= kShape.a_bytes());
 
   public:
-    static constexpr int kVector = kVectorBytes / sizeof(Element);
+    using Arguments = GluBackwardArguments;
+    static constexpr int kHalves = 1;
+    static constexpr bool kCrowded = false, kHasInput = true;
 
-    struct Z {
-        uint4 gate;
-        uint4 up;
-    };
+    // ---- The producer's side ----
 
-    __device__ __forceinline__ explicit GluBackwardVectors(const GluBackwardArguments& arguments) : p(arguments) {}
+    __device__ __forceinline__ static int columns(const Arguments& p, const OutputTile& tile) {
+        return min(kShape.n, p.width - tile.column * kShape.n);
+    }
+    // Stages that follow those of the products.
+    __device__ __forceinline__ static int stages(const Arguments& p, const OutputTile& tile) {
+        return (columns(p, tile) + kPartColumns - 1) / kPartColumns;
+    }
+    // One thread.
+    __device__ __forceinline__ static void load(const Arguments& p, const OutputTile& tile, int part, uint32_t shared,
+                                                int stage, uint32_t full) {
+        const Place place(p, tile, part);
+        const uint32_t to = z_stage(shared, stage);
+        ptx::mbarrier_arrive_expect_bytes(full, 2 * kHalfBytes);
+        ptx::tma_load(to, p.z_map, full, place.first, place.first_half, tile.row);
+        ptx::tma_load(to + kHalfBytes, p.z_map, full, place.second, place.second_half, tile.row);
+    }
 
-    // f(whether gates and ups take turns, as a constant)
-    template <typename F>
-    __device__ __forceinline__ void dispatch_layout(F&& f) const {
-        if (p.layout == GluLayout::kInterleaved) {
-            f(std::true_type{});
-        } else {
-            f(std::false_type{});
+    // ---- The consumers' ----
+
+    __device__ __forceinline__ GluBackwardEpilogue(const Arguments& arguments, uint32_t) : p(arguments) {
+        const int row = warp_.lane % 16;
+        lane_offset_ = row * 128 + (warp_.lane / 16 ^ row & 7) * 16;
+        asm volatile("" : "+r"(lane_offset_));
+    }
+
+    __device__ __forceinline__ void begin(const OutputTile& tile) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int32_t position = tile.row + max(min(warp_.row(0) + warp_.lane / 4 + i * 8, tile.rows - 1), 0);
+            gates_[i] = __ldg(p.gates + __ldg(p.slot_order + position));
         }
     }
 
-    template <bool kInterleaved>
-    __device__ __forceinline__ Z load_z(int32_t position, int column) const {
-        const Element* const row = z_row(p.z, position);
-        const Columns at = z_columns<kInterleaved>(column);
-        return {ptx::load_global_streaming(row + at.gate), ptx::load_global_streaming(row + at.up)};
+    // Of the tile's first kColumns columns, no others being within the matrix.
+    template <int kColumns, typename Sums>
+    __device__ __forceinline__ void run(const Sums& sums, const OutputTile& tile, const Ring& ring,
+                                        typename Ring::Position& at, uint32_t shared) {
+        if (p.layout == GluLayout::kInterleaved) {
+            run_parts<kColumns / kPartColumns, true>(sums[0], tile, ring, at, shared);
+        } else {
+            run_parts<kColumns / kPartColumns, false>(sums[0], tile, ring, at, shared);
+        }
     }
 
-    // Sends for the lines of a row from `first` on that hold what belongs to kColumns columns.
-    template <int kColumns>
-    __device__ __forceinline__ void prefetch_z(int32_t position, int first, bool gates = true, bool ups = true) const {
-        constexpr int kLine = 128 / sizeof(Element);
-        const bool interleaved = p.layout == GluLayout::kInterleaved;
-        const Element* const row = z_row(p.z, position);
-        const int half = interleaved ? kColumns : p.width;
+    // Releases the stage that the warp's last stores are from, once they have been read. What comes next may need it.
+    __device__ __forceinline__ void settle(const Ring& ring) {
+        if (lent_ < 0) return;
+        if (ptx::elect()) ptx::tma_store_wait_read<0>();
+        __syncwarp();
+        ring.release(lent_, warp_.lane);
+        lent_ = -1;
+    }
+
+    __device__ __forceinline__ void finish(int32_t first_sentinel, int32_t num_slots) {
+        zero_rows(p.gated_hidden, p.width, first_sentinel, num_slots);
+        zero_rows(p.grad_z, 2 * p.width, first_sentinel, num_slots);
+        if (p.grad_gates != nullptr) {
+            const int first = warp_.index_in_grid() * kWarpSize + warp_.lane;
+            for (int32_t i = first_sentinel + first; i < num_slots; i += warp_.warps_in_grid() * kWarpSize)
+                p.grad_gates[p.slot_order[i]] = 0.0f;
+        }
+        if (ptx::elect()) ptx::tma_store_wait_all();
+    }
+
+  private:
+    // Where a part's gates and ups are in a row of z; interleaved: the first and the second half of both.
+    struct Place {
+        int column;  // of the hidden state
+        int first, first_half;
+        int second, second_half;
+
+        __device__ __forceinline__ Place(const Arguments& p, const OutputTile& tile, int part)
+            : column(tile.column * kShape.n + part * kPartColumns) {
+            const bool interleaved = p.layout == GluLayout::kInterleaved;
+            first = interleaved ? 2 * column : column;
+            second = interleaved ? first + kPartColumns : column;
+            first_half = p.layout == GluLayout::kUpGate ? 1 : 0;
+            second_half = p.layout == GluLayout::kGateUp ? 1 : 0;
+        }
+    };
+
+    __device__ __forceinline__ static uint32_t z_stage(uint32_t shared, int stage) {
+        return shared + Layout::kB + stage * kShape.b_bytes();
+    }
+    __device__ __forceinline__ static uint32_t hidden_stage(uint32_t shared, int stage) {
+        return shared + stage * kShape.a_bytes();
+    }
+
+    template <int kMost, bool kInterleaved>
+    __device__ __forceinline__ void run_parts(const float (&sums)[kShape.n / 2], const OutputTile& tile,
+                                              const Ring& ring, typename Ring::Position& at, uint32_t shared) {
+        constexpr int kStep = 16, kSteps = kPartColumns / kStep;  // columns
+        const int row = warp_.row(0), valid = tile.rows - row, parts = stages(p, tile);
+        float dots[2] = {0.0f, 0.0f};
 #pragma unroll
-        for (int line = 0; line < kColumns / kLine; ++line) {
-            const int column = first * (interleaved ? 2 : 1) + line * kLine;
-            if (column + half < 2 * p.width) {
-                if (gates) ptx::prefetch_l2(row + column);
-                if (ups) ptx::prefetch_l2(row + column + half);
+        for (int part = 0; part < kMost; ++part) {
+            if (part >= parts) break;
+            ring.wait_full(at);
+            if (valid > 0) {
+                const uint32_t z = z_stage(shared, at.stage) + row * 128;
+                const uint32_t hidden = hidden_stage(shared, at.stage) + row * 128;
+                Columns columns[2];  // what is computed, and the next
+                load_z<kInterleaved>(columns[0], z, 0);
+#pragma unroll
+                for (int step = 0; step < kSteps; ++step) {
+                    if (step + 1 < kSteps) load_z<kInterleaved>(columns[(step + 1) % 2], z, (step + 1) * 2);
+                    const int first = (part * kSteps + step) * kStep / 2;
+                    finish_columns<kInterleaved>(reinterpret_cast<const float (&)[8]>(sums[first]), columns[step % 2],
+                                                 z, hidden, step * 2, dots);
+                    // By now the stores of the part before have been read.
+                    if (step == kSteps / 2 - 1) settle(ring);
+                }
+                send(Place(p, tile, part), tile.row + row, valid, z, hidden);
+            } else {
+                settle(ring);
+            }
+            lent_ = at.stage;
+            at.advance();
+        }
+        if (p.gate_partials != nullptr || p.grad_gates != nullptr) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                dots[i] += __shfl_xor_sync(kFullWarp, dots[i], 1);
+                dots[i] += __shfl_xor_sync(kFullWarp, dots[i], 2);
+                const int offset = warp_.lane / 4 + i * 8;
+                if (warp_.lane % 4 == 0 && offset < valid) {
+                    const int32_t position = tile.row + row + offset;
+                    if (p.grad_gates != nullptr) {
+                        p.grad_gates[__ldg(p.slot_order + position)] = dots[i];
+                    } else {
+                        p.gate_partials[int64_t{tile.column} * p.num_slots + position] = dots[i];
+                    }
+                }
             }
         }
     }
 
-    // Stores what becomes of dA' and z where `stores`; returns <dA', act(z)>.
-    template <bool kInterleaved>
-    __device__ __forceinline__ float finish(const uint4& grad_vector, const Z& z, float gate, bool stores,
-                                            int32_t position, int column) const {
-        uint32_t grad[4], z_gate[4], z_up[4], grad_gate[4], grad_up[4], hidden[4];
-        to_words(grad_vector, grad);
-        to_words(z.gate, z_gate);
-        to_words(z.up, z_up);
-        if constexpr (kInterleaved) split(z_gate, z_up);
-        float dot = 0.0f;
-#pragma unroll
-        for (int word = 0; word < 4; ++word) {
-            const float2 g = unpack<Element>(z_gate[word]), u = unpack<Element>(z_up[word]);
-            const float2 da = unpack<Element>(grad[word]);
-            const auto low = activate(g.x, u.x), high = activate(g.y, u.y);
-            const float scaled_low = gate * da.x, scaled_high = gate * da.y;
-            grad_gate[word] = pack<Element>(scaled_low * low.dgate, scaled_high * high.dgate);
-            grad_up[word] = pack<Element>(scaled_low * low.dup, scaled_high * high.dup);
-            hidden[word] = pack<Element>(gate * low.h, gate * high.h);
-            dot += da.x * low.h + da.y * high.h;
-        }
-        if constexpr (kInterleaved) merge(grad_gate, grad_up);
-        if (stores && p.gated_hidden != nullptr) {
-            store(hidden, static_cast<Element*>(p.gated_hidden) + int64_t{position} * p.width + column);
-        }
-        if (stores && p.grad_z != nullptr) {
-            Element* const row = static_cast<Element*>(p.grad_z) + int64_t{position} * (2 * p.width);
-            const Columns at = z_columns<kInterleaved>(column);
-            store(grad_gate, row + at.gate);
-            store(grad_up, row + at.up);
-        }
-        return dot;
-    }
-
-    __device__ __forceinline__ float gate(int32_t position) const {
-        return __ldg(p.gates + __ldg(p.slot_order + position));
-    }
-    // Adds the sums of the lanes of a row, kRowLanes that follow each other, always in the same order.
-    template <int kRowLanes>
-    __device__ __forceinline__ void write_dot(float dot, bool stores, int tile_column, int32_t position) const {
-#pragma unroll
-        for (int offset = 1; offset < kRowLanes; offset *= 2)
-            dot += __shfl_xor_sync(kFullWarp, dot, offset);
-        if (stores && threadIdx.x % kRowLanes == 0) {
-            p.gate_partials[int64_t{tile_column} * p.num_slots + position] = dot;
-        }
-    }
-
-    // The rows of sentinels.
-    __device__ __forceinline__ void zero_rows(int32_t first_sentinel, int32_t num_slots, int warp, int warps) const {
-        const auto zero = [&](void* rows, int columns) {
-            if (rows == nullptr) return;
-            zero_sentinel_rows(static_cast<Element*>(rows), columns, columns, RowMap{}, first_sentinel, num_slots, warp,
-                               warps);
-        };
-        zero(p.gated_hidden, p.width);
-        zero(p.grad_z, 2 * p.width);
-    }
-
-  private:
-    // Where the vectors of gates and ups are in a row; interleaved: the first and the second half of both.
+    // Gates and ups of sixteen columns, of which a lane has four pairs: of row lane / 4 and the row eight below, and
+    // again eight columns on.
     struct Columns {
-        int gate;
-        int up;
+        uint32_t gate[4];
+        uint32_t up[4];
     };
+
     template <bool kInterleaved>
-    __device__ __forceinline__ Columns z_columns(int column) const {
-        if constexpr (kInterleaved) return {2 * column, 2 * column + kVector};
-        const int gate = p.layout == GluLayout::kUpGate ? p.width : 0;
-        return {gate + column, p.width - gate + column};
+    __device__ __forceinline__ void finish_columns(const float (&grad)[8], Columns& columns, uint32_t z,
+                                                   uint32_t hidden, int j, float (&dots)[2]) const {
+        uint32_t (&gate)[4] = columns.gate, (&up)[4] = columns.up, gated[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float2 g = unpack<Element>(gate[i]), u = unpack<Element>(up[i]);
+            const float2 da = {grad[2 * i], grad[2 * i + 1]};
+            const auto low = activate(g.x, u.x), high = activate(g.y, u.y);
+            const float scale = gates_[i % 2], scaled_low = scale * da.x, scaled_high = scale * da.y;
+            gate[i] = pack<Element>(scaled_low * low.dgate, scaled_high * high.dgate);
+            up[i] = pack<Element>(scaled_low * low.dup, scaled_high * high.dup);
+            gated[i] = pack<Element>(scale * low.h, scale * high.h);
+            dots[i % 2] += da.x * low.h;
+            dots[i % 2] += da.y * high.h;
+        }
+        store_z<kInterleaved>(columns, z, j);
+        ptx::stmatrix_x4(hidden + matrix_offset(j), gated[0], gated[1], gated[2], gated[3]);
     }
-    __device__ __forceinline__ const Element* z_row(const void* z, int32_t position) const {
-        return static_cast<const Element*>(z) + int64_t{position} * (2 * p.width);
+
+    // A lane's row address for the matrices of eight columns j and j + 1 of the warp's rows.
+    __device__ __forceinline__ uint32_t matrix_offset(int j) const {
+        return lane_offset_ ^ j * 16;
+    }
+    // Interleaved: of two gates and their ups, of which 64 columns have those of 32.
+    __device__ __forceinline__ uint32_t pair_offset(int j, int i) const {
+        const int row = warp_.lane / 4 + i % 2 * 8, block = j + i / 2;
+        const int chunk = block % 4 * 2 + warp_.lane % 4 / 2;
+        return block / 4 * kHalfBytes + row * 128 + (chunk ^ row & 7) * 16 + warp_.lane % 2 * 8;
+    }
+
+    static constexpr uint32_t kLowHalves = 0x5410, kHighHalves = 0x7632;
+    template <bool kInterleaved>
+    __device__ __forceinline__ void load_z(Columns& columns, uint32_t z, int j) const {
+        auto& [gate, up] = columns;
+        if constexpr (kInterleaved) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const uint2 pair = ptx::load_shared_64(z + pair_offset(j, i));
+                gate[i] = __byte_perm(pair.x, pair.y, kLowHalves);
+                up[i] = __byte_perm(pair.x, pair.y, kHighHalves);
+            }
+        } else {
+            ptx::ldmatrix_x4(gate, z + matrix_offset(j));
+            ptx::ldmatrix_x4(up, z + matrix_offset(j) + kHalfBytes);
+        }
+    }
+    template <bool kInterleaved>
+    __device__ __forceinline__ void store_z(const Columns& columns, uint32_t z, int j) const {
+        const auto& [gate, up] = columns;
+        if constexpr (kInterleaved) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                ptx::store_shared_64(z + pair_offset(j, i), __byte_perm(gate[i], up[i], kLowHalves),
+                                     __byte_perm(gate[i], up[i], kHighHalves));
+            }
+        } else {
+            ptx::stmatrix_x4(z + matrix_offset(j), gate[0], gate[1], gate[2], gate[3]);
+            ptx::stmatrix_x4(z + matrix_offset(j) + kHalfBytes, up[0], up[1], up[2], up[3]);
+        }
+    }
+
+    // What the warp has left in the stage on its way to memory.
+    __device__ __forceinline__ void send(const Place& place, int32_t row, int valid, uint32_t z,
+                                         uint32_t hidden) const {
+        ptx::fence_proxy_async();
+        __syncwarp();
+        if (valid >= 16) {
+            if (ptx::elect()) {
+                if (p.grad_z != nullptr) {
+                    ptx::tma_store(p.grad_z_map, z, place.first, place.first_half, row);
+                    ptx::tma_store(p.grad_z_map, z + kHalfBytes, place.second, place.second_half, row);
+                }
+                if (p.gated_hidden != nullptr) ptx::tma_store(p.gated_hidden_map, hidden, place.column, 0, row);
+                ptx::tma_store_commit();
+            }
+            return;
+        }
+        const bool interleaved = p.layout == GluLayout::kInterleaved;
+        const int half = interleaved ? 2 * p.width : p.width;  // columns
+        store_rows(p.grad_z, 2 * p.width, place.first_half * p.width + place.first, half - place.first, row, valid, z);
+        store_rows(p.grad_z, 2 * p.width, place.second_half * p.width + place.second, half - place.second, row, valid,
+                   z + kHalfBytes);
+        store_rows(p.gated_hidden, p.width, place.column, p.width - place.column, row, valid, hidden);
+    }
+
+    // The first `valid` of sixteen rows, from `column` on, of which there are `columns` before something else begins.
+    __device__ __forceinline__ void store_rows(void* matrix, int stride, int column, int columns, int32_t row,
+                                               int valid, uint32_t shared) const {
+        if (matrix == nullptr) return;
+        const int chunk = warp_.lane % 8;
+        Element* const base = static_cast<Element*>(matrix) + int64_t{row} * stride + column + chunk * 8;
+#pragma unroll
+        for (int pass = 0; pass < 4; ++pass) {
+            const int r = pass * 4 + warp_.lane / 8;
+            if (r >= valid || chunk * 8 >= columns) continue;
+            *reinterpret_cast<uint4*>(base + int64_t{r} * stride) =
+                ptx::load_shared_128(shared + r * 128 + (chunk ^ r & 7) * 16);
+        }
+    }
+
+    __device__ __forceinline__ void zero_rows(void* rows, int columns, int32_t first_sentinel,
+                                              int32_t num_slots) const {
+        if (rows == nullptr) return;
+        zero_sentinel_rows(static_cast<Element*>(rows), columns, columns, RowMap{}, first_sentinel, num_slots,
+                           warp_.index_in_grid(), warp_.warps_in_grid());
     }
 
     __device__ __forceinline__ GatedValue<float> activate(float gate, float up) const {
         return gated_activation<kActivation, float>(gate, up, p.alpha, p.limit);
     }
 
-    __device__ __forceinline__ static void to_words(const uint4& vector, uint32_t (&words)[4]) {
-        words[0] = vector.x, words[1] = vector.y, words[2] = vector.z, words[3] = vector.w;
-    }
-    __device__ __forceinline__ static void store(const uint32_t (&words)[4], Element* to) {
-        ptx::store_global_streaming(to, words[0], words[1], words[2], words[3]);
-    }
-
-    // Sixteen columns, gates and ups in turns, to eight of either kind, and back.
-    static constexpr uint32_t kLowHalves = 0x5410, kHighHalves = 0x7632;
-    __device__ __forceinline__ static void split(uint32_t (&low)[4], uint32_t (&high)[4]) {
-        const uint32_t all[8] = {low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            low[i] = __byte_perm(all[2 * i], all[2 * i + 1], kLowHalves);
-            high[i] = __byte_perm(all[2 * i], all[2 * i + 1], kHighHalves);
-        }
-    }
-    __device__ __forceinline__ static void merge(uint32_t (&low)[4], uint32_t (&high)[4]) {
-        uint32_t all[8];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            all[2 * i] = __byte_perm(low[i], high[i], kLowHalves);
-            all[2 * i + 1] = __byte_perm(low[i], high[i], kHighHalves);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            low[i] = all[i], high[i] = all[4 + i];
-    }
-
-    const GluBackwardArguments& p;
-};
-
-// Accumulators are spread over the lanes in pairs of columns, while z and what is written want 16 bytes of a row for
-// each lane. So a unit of a warp's work, sixteen rows of 64 columns, goes through one of its two staging buffers,
-// rounded: a lane then has, in each of four passes, eight columns of a row, eight lanes a row. What it needs of z it
-// loads a unit ahead, the first unit's while the last products run; lines of z come to L2 while the products begin.
-template <typename Element, Tile kTile, Activation kActivation>
-class GluBackwardEpilogue {
-    static constexpr TileShape kShape = tile_shape(kTile);
-    static constexpr int kBlocks = kShape.consumer_blocks();
-    static constexpr int kUnitColumns = 64;
-    static constexpr int kParts = kShape.n / kUnitColumns;
-    static constexpr int kUnits = kBlocks * kParts;
-    using Vectors = GluBackwardVectors<Element, kActivation>;
-    static constexpr int kRowLanes = kUnitColumns / Vectors::kVector;
-    static constexpr int kPassRows = kWarpSize / kRowLanes;
-    static constexpr int kPasses = 16 / kPassRows;
-    using Store = StagedStore<Element, kUnitColumns, kShape.staging_buffers>;
-    static_assert(kBlocks <= 2 && kShape.staging_buffers == 2);
-
-  public:
-    using Arguments = GluBackwardArguments;
-    static constexpr int kHalves = 1;
-    static constexpr bool kCrowded = false;
-
-    __device__ __forceinline__ GluBackwardEpilogue(const Arguments& arguments, uint32_t staging)
-        : arguments_(arguments), vectors_(arguments), store_(warp_.staging(staging)) {}
-
-    // Each lane one row's gate and lines; rows of one block are shared by two lanes.
-    __device__ __forceinline__ void begin(const OutputTile& tile) {
-        const int row = min(warp_.row(min(warp_.lane / 16, kBlocks - 1)) + warp_.lane % 16, tile.rows - 1);
-        const int32_t position = tile.row + max(row, 0);
-        gate_ = vectors_.gate(position);
-        vectors_.template prefetch_z<kShape.n>(position, tile.column * kShape.n, kBlocks == 2 || warp_.lane < 16,
-                                               kBlocks == 2 || warp_.lane >= 16);
-    }
-
-    __device__ __forceinline__ void look_ahead(const OutputTile& tile) {
-        vectors_.dispatch_layout([&](auto interleaved) { load_z<interleaved.value>(0, tile); });
-    }
-
-    template <typename Sums>
-    __device__ __forceinline__ void run(const Sums& sums, const OutputTile& tile) {
-        vectors_.dispatch_layout([&](auto interleaved) { run<interleaved.value>(sums, tile); });
-    }
-
-    __device__ __forceinline__ void finish(int32_t first_sentinel, int32_t num_slots) {
-        vectors_.zero_rows(first_sentinel, num_slots, warp_.index_in_grid(), warp_.warps_in_grid());
-    }
-
-  private:
-    template <bool kInterleaved, typename Sums>
-    __device__ __forceinline__ void run(const Sums& sums, const OutputTile& tile) {
-        float dots[kPasses];
-#pragma unroll
-        for (int unit = 0; unit < kUnits; ++unit) {
-            const int block = unit / kParts, part = unit % kParts;
-            if (part == 0) {
-#pragma unroll
-                for (int pass = 0; pass < kPasses; ++pass)
-                    dots[pass] = 0.0f;
-            }
-            const float (&s)[kShape.n / 2] = sums[block];
-            store_.stage([&](int j) {
-                const int i = (part * 8 + j) * 4;
-                return make_uint2(pack<Element>(s[i], s[i + 1]), pack<Element>(s[i + 2], s[i + 3]));
-            });
-            __syncwarp();
-            if (unit + 1 < kUnits) load_z<kInterleaved>(unit + 1, tile);
-            const int column = lane_column(unit, tile);
-            const bool inside = column < arguments_.width;
-#pragma unroll
-            for (int pass = 0; pass < kPasses; ++pass) {
-                const int row = warp_.row(block) + lane_row(pass);
-                const uint4 grad = store_.load_staged(lane_row(pass), warp_.lane % kRowLanes);
-                const float gate = __shfl_sync(kFullWarp, gate_, block * 16 + lane_row(pass));
-                const float dot = vectors_.template finish<kInterleaved>(
-                    grad, z_[unit % 2][pass], gate, row < tile.rows && inside, tile.row + row, column);
-                dots[pass] += inside ? dot : 0.0f;
-            }
-            store_.next();
-            if (part == kParts - 1 && arguments_.gate_partials != nullptr) {
-#pragma unroll
-                for (int pass = 0; pass < kPasses; ++pass) {
-                    const int row = warp_.row(block) + lane_row(pass);
-                    vectors_.template write_dot<kRowLanes>(dots[pass], row < tile.rows, tile.column, tile.row + row);
-                }
-            }
-        }
-    }
-
-    __device__ __forceinline__ int lane_row(int pass) const { return pass * kPassRows + warp_.lane / kRowLanes; }
-    __device__ __forceinline__ int lane_column(int unit, const OutputTile& tile) const {
-        return tile.column * kShape.n + unit % kParts * kUnitColumns + warp_.lane % kRowLanes * Vectors::kVector;
-    }
-
-    // Past the rows or columns, those of the last: their results are not stored.
-    template <bool kInterleaved>
-    __device__ __forceinline__ void load_z(int unit, const OutputTile& tile) {
-        const int column = min(lane_column(unit, tile), arguments_.width - Vectors::kVector);
-#pragma unroll
-        for (int pass = 0; pass < kPasses; ++pass) {
-            const int row = min(warp_.row(unit / kParts) + lane_row(pass), tile.rows - 1);
-            z_[unit % 2][pass] = vectors_.template load_z<kInterleaved>(tile.row + row, column);
-        }
-    }
-
-    const Arguments& arguments_;
-    Vectors vectors_;
+    const Arguments& p;
     ConsumerWarp<kTile> warp_;
-    Store store_;
-    float gate_;  // of the warp's row `lane`
-    typename Vectors::Z z_[2][kPasses];
+    uint32_t lane_offset_;
+    float gates_[2];    // of the lane's rows
+    int lent_ = -1;  // the stage that the last stores are from, unless it is released
 };
 
 }  // namespace scattermoe::kernels::sm90

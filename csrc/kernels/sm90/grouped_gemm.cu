@@ -82,6 +82,7 @@ cudaError_t make_operands(GroupedGemmArguments<Epilogue>& a, const GroupedGemmPa
     a.num_experts = p.num_experts;
     a.num_slots = p.num_slots;
     a.tiles_n = static_cast<int>(ceil_div(p.n / halves, tile.n / halves));
+    a.by_tiles_n = FastDivider(a.tiles_n);
     a.k_blocks = static_cast<int>(ceil_div(p.k, kStageK));
     a.first_half = halves == 2 && layout == GluLayout::kUpGate ? 1 : 0;
     a.tile_counter = p.tile_counter;
@@ -91,8 +92,8 @@ cudaError_t make_operands(GroupedGemmArguments<Epilogue>& a, const GroupedGemmPa
 
 // Sixteen rows by `box` columns of an output [S, halves, columns].
 cudaError_t make_out_map(CUtensorMap& map, DType dtype, const void* out, int64_t rows, int64_t stride, int64_t halves,
-                         int64_t columns, int box) {
-    return make_tensor_map<3>(map, dtype, out, {{columns, halves, rows}, {columns, stride}, {box, 1, 16}});
+                         int64_t columns, int box, int box_rows = 16) {
+    return make_tensor_map<3>(map, dtype, out, {{columns, halves, rows}, {columns, stride}, {box, 1, box_rows}});
 }
 
 cudaError_t make_glu_map(GluMatrix& matrix, DType dtype, void* data, int64_t rows, int64_t width, GluLayout layout,
@@ -223,16 +224,6 @@ cudaError_t glu_gemm(const GluGemmParams& p, cudaStream_t stream) {
 
 // ---- Backward through the activation ----
 
-namespace {
-Tile glu_backward_tile(const GroupedGemmParams& gemm) {
-    return select_glu_backward_tile(gemm.n, gemm.k).tile;
-}
-}  // namespace
-
-int gate_parts(const GroupedGemmParams& gemm) {
-    return static_cast<int>(ceil_div(gemm.n, tile_shape(glu_backward_tile(gemm)).n));
-}
-
 bool can_run(const GluBackwardGemmParams& p) {
     const GroupedGemmParams& gemm = p.gemm;
     return operands_fit(gemm) && p.activation.activation == Activation::kSwiglu && is_gathered(gemm.in_rows) &&
@@ -244,23 +235,32 @@ cudaError_t glu_backward_gemm(const GluBackwardGemmParams& p, Tile tile, cudaStr
     const GroupedGemmParams& gemm = p.gemm;
     const GluLayout layout = p.activation.layout;
     GroupedGemmArguments<GluBackwardArguments> a;
-    const cudaError_t error = make_operands(a, gemm, 1, layout, tile_shape(tile));
+    const TileShape shape = tile_shape(tile);
+    if (p.grad_gates != nullptr && gemm.n > shape.n) return cudaErrorInvalidValue;
+    const auto make_z_map = [&](CUtensorMap& map, const void* z, int box_rows) {
+        const int64_t halves = layout == GluLayout::kInterleaved ? 1 : 2, columns = 2 * gemm.n / halves;
+        return make_out_map(map, gemm.dtype, z, gemm.num_slots, 2 * gemm.n, halves, columns, kStoreColumns, box_rows);
+    };
+    cudaError_t error = make_operands(a, gemm, 1, layout, shape);
+    if (error == cudaSuccess) error = make_z_map(a.epilogue.z_map, p.z, shape.m);
+    if (error == cudaSuccess && p.grad_z != nullptr) error = make_z_map(a.epilogue.grad_z_map, p.grad_z, 16);
+    if (error == cudaSuccess && p.gated_hidden != nullptr) {
+        error = make_out_map(a.epilogue.gated_hidden_map, gemm.dtype, p.gated_hidden, gemm.num_slots, gemm.n, 1, gemm.n,
+                             kStoreColumns);
+    }
     if (error != cudaSuccess) return error;
-    a.epilogue.z = p.z;
     a.epilogue.grad_z = p.grad_z;
     a.epilogue.gated_hidden = p.gated_hidden;
     a.epilogue.gates = p.gates;
     a.epilogue.slot_order = p.slot_order;
     a.epilogue.gate_partials = p.gate_partials;
+    a.epilogue.grad_gates = p.grad_gates;
     a.epilogue.num_slots = gemm.num_slots;
     a.epilogue.width = gemm.n;
     a.epilogue.layout = layout;
     a.epilogue.alpha = static_cast<float>(p.activation.alpha);
     a.epilogue.limit = static_cast<float>(p.activation.limit);
     switch (tile) {
-        case Tile::kPingPong128x128:
-            return launch_grouped_gemm<Tile::kPingPong128x128, Rows::kGathered, Major::kMn,
-                                       EpilogueId::kSwigluBackward>(gemm.dtype, a, stream);
         case Tile::kPaired128x256:
             return launch_grouped_gemm<Tile::kPaired128x256, Rows::kGathered, Major::kMn, EpilogueId::kSwigluBackward>(
                 gemm.dtype, a, stream);
@@ -270,7 +270,7 @@ cudaError_t glu_backward_gemm(const GluBackwardGemmParams& p, Tile tile, cudaStr
 }
 
 cudaError_t glu_backward_gemm(const GluBackwardGemmParams& p, cudaStream_t stream) {
-    return glu_backward_gemm(p, glu_backward_tile(p.gemm), stream);
+    return glu_backward_gemm(p, select_glu_backward_tile().tile, stream);
 }
 
 // ---- Weight gradients ----
@@ -311,6 +311,10 @@ cudaError_t weight_grad(const WeightGradParams& p, Tile tile, cudaStream_t strea
     a.n = transposed ? p.m : p.n;
     a.tiles_m = static_cast<int>(ceil_div(a.m, shape.m));
     a.tiles_n = static_cast<int>(ceil_div(a.n, shape.n));
+    const int64_t tiles_m = ceil_div(a.tiles_m, shape.pair_m()), tiles_n = ceil_div(a.tiles_n, shape.pair_n());
+    if (tiles_m * tiles_n > INT32_MAX) return cudaErrorInvalidConfiguration;
+    a.by_tiles = FastDivider(static_cast<int32_t>(tiles_m * tiles_n));
+    a.by_tiles_n = FastDivider(static_cast<int32_t>(tiles_n));
     a.tile_counter = p.tile_counter;
     if (sums) a.beside = *p.beside;
 

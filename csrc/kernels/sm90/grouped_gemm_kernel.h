@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../ptx/elect.h"
 #include "../ptx/fence.h"
 #include "../ptx/setmaxnreg.h"
 #include "../ptx/tma.h"
@@ -75,13 +76,12 @@ struct GroupedGemm {
     // One warp; its first lane starts the copies.
     __device__ __forceinline__ static void load_in_order(const Arguments& p, const Ring& ring, Queue queue,
                                                          uint32_t shared) {
-        const int lane = threadIdx.x % kWarpSize;
-        Walker walker(p.expert_offsets, p.num_experts, p.tiles_n);
+        Walker walker(p.expert_offsets, p.num_experts, p.tiles_n, p.by_tiles_n);
         Position at;
         OutputTile tile;
         int i = 0;
         for (; walker.seek(queue.number(i), tile); ++i) {
-            if (lane == 0) {
+            if (ptx::elect()) {
                 queue.begin(i);
                 for (int k_block = 0; k_block < p.k_blocks; ++k_block) {
                     ring.wait_empty(at);
@@ -94,13 +94,13 @@ struct GroupedGemm {
             }
             __syncwarp();
         }
-        if (lane == 0) queue.end(i);
+        if (ptx::elect()) queue.end(i);
     }
 
     // The whole warpgroup. A stage is full when each thread's copies have landed, and the weight's bytes.
     __device__ __forceinline__ static void load_gathered(const Arguments& p, const Ring& ring, Queue queue,
                                                          uint32_t shared) {
-        Walker walker(p.expert_offsets, p.num_experts, p.tiles_n);
+        Walker walker(p.expert_offsets, p.num_experts, p.tiles_n, p.by_tiles_n);
         GatheredTileRows<kShape.m> rows(p.in);
         Position at;
         OutputTile next;
@@ -116,13 +116,24 @@ struct GroupedGemm {
             for (int k_block = 0; k_block < p.k_blocks; ++k_block) {
                 ring.wait_empty(at);
                 const uint32_t full = ring.full(at.stage);
-                if (threadIdx.x == 0) {
+                if (threadIdx.x < kWarpSize && ptx::elect()) {
                     ptx::mbarrier_arrive_expect_bytes(full, kShape.b_bytes());
                     load_weight(p, shared + Layout::kB + at.stage * kShape.b_bytes(), full, tile, k_block * kStageK);
                 }
                 rows.copy(shared + at.stage * kShape.a_bytes(), k_block);
                 ptx::mbarrier_arrive_after_cp_async(full);
                 at.advance();
+            }
+            if constexpr (Epilogue::kHasInput) {
+                const int stages = Epilogue::stages(p.epilogue, tile);
+                for (int part = 0; part < stages; ++part) {
+                    ring.wait_empty(at);
+                    const uint32_t full = ring.full(at.stage);
+                    if (threadIdx.x < kWarpSize && ptx::elect())
+                        Epilogue::load(p.epilogue, tile, part, shared, at.stage, full);
+                    ptx::mbarrier_arrive(full);
+                    at.advance();
+                }
             }
         }
         if (threadIdx.x == 0) queue.end(i);
@@ -132,30 +143,30 @@ struct GroupedGemm {
                                                     uint32_t shared) {
         const int consumer = threadIdx.x / kWarpgroupThreads - 1, lane = threadIdx.x % kWarpSize;
         Epilogue epilogue(p.epilogue, shared + Layout::kStaging);
-        Walker walker(p.expert_offsets, p.num_experts, p.tiles_n);
+        Walker walker(p.expert_offsets, p.num_experts, p.tiles_n, p.by_tiles_n);
         Position at;
         // Writes of the gathering threads reach the tensor cores only through a fence on this side of the barrier.
-        const auto prepare = [](int, int) {
+        const auto prepare = [&]([[maybe_unused]] int k_block, int) {
             if constexpr (kGathers) ptx::fence_proxy_async();
+            if constexpr (Epilogue::kHasInput) {
+                if (k_block == 0) epilogue.settle(ring);
+            }
         };
         typename Loop::Sums sums;
         OutputTile tile;
         // An expert's last tile may have no rows in its second half.
         if constexpr (kShape.ping_pong) {
+            const auto pass_turn = [&] { ring.pass_turn(consumer, lane); };
             uint32_t turn = Ring::first_turn(consumer);
             if (consumer == 1) at.advance(p.k_blocks);
             for (int i = consumer; walker.seek(queue.number(i), tile); i += kConsumers) {
-                const auto before_drain = [&] {
-                    ring.pass_turn(consumer, lane);
-                    epilogue.look_ahead(tile);
-                };
                 epilogue.begin(tile);
                 ring.wait_turn(consumer, turn);
                 if (Epilogue::kCrowded || tile.rows > kShape.m / 2) {
-                    Loop::run(sums, ring, at, shared, consumer, p.k_blocks, prepare, before_drain);
+                    Loop::run(sums, ring, at, shared, consumer, p.k_blocks, prepare, pass_turn);
                 } else {
                     Loop::template run<Loop::kBlocks / 2>(sums, ring, at, shared, consumer, p.k_blocks, prepare,
-                                                          before_drain);
+                                                          pass_turn);
                 }
                 epilogue.run(sums, tile);
                 at.advance(p.k_blocks);  // the other's tile
@@ -164,18 +175,32 @@ struct GroupedGemm {
             int i = 0;
             bool more = walker.seek(queue.number(i), tile);
             while (more) {
+                // While products run: it takes some of a thousand cycles.
                 OutputTile next;
-                const auto before_drain = [&] {
-                    epilogue.look_ahead(tile);
-                    more = walker.seek(queue.number(++i), next);
-                };
+                const auto seek_next = [&] { more = walker.seek(queue.number(++i), next); };
                 epilogue.begin(tile);
-                if (consumer * (kShape.m / kConsumers) < tile.rows) {
-                    Loop::run(sums, ring, at, shared, consumer, p.k_blocks, prepare, before_drain);
-                    epilogue.run(sums, tile);
+                if (consumer * (kShape.m / kConsumers) >= tile.rows) {
+                    if constexpr (Epilogue::kHasInput) {
+                        epilogue.settle(ring);
+                        Loop::skip(ring, at, p.k_blocks + Epilogue::stages(p.epilogue, tile));
+                    } else {
+                        Loop::skip(ring, at, p.k_blocks);
+                    }
+                    seek_next();
+                } else if constexpr (Epilogue::kHasInput) {
+                    if (Epilogue::columns(p.epilogue, tile) > kShape.n / 2) {
+                        Loop::run(sums, ring, at, shared, consumer, p.k_blocks, prepare, seek_next);
+                        epilogue.template run<kShape.n>(sums, tile, ring, at, shared);
+                    } else {
+                        // Sums of their own: where two loops have the same, ptxas waits for every product.
+                        typename Loop::Sums half;
+                        Loop::template run<Loop::kBlocks, kShape.n / 2>(half, ring, at, shared, consumer, p.k_blocks,
+                                                                        prepare, seek_next);
+                        epilogue.template run<kShape.n / 2>(half, tile, ring, at, shared);
+                    }
                 } else {
-                    Loop::skip(ring, at, p.k_blocks);
-                    more = walker.seek(queue.number(++i), next);
+                    Loop::run(sums, ring, at, shared, consumer, p.k_blocks, prepare, seek_next);
+                    epilogue.run(sums, tile);
                 }
                 tile = next;
             }

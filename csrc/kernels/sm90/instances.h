@@ -60,7 +60,6 @@ extern SCATTERMOE_GROUPED_GEMM(kPaired128x256, kGathered, kMn, kStore);
 extern SCATTERMOE_GROUPED_GEMM(kPingPong128x192, kGathered, kK, kSwiglu);
 extern SCATTERMOE_GROUPED_GEMM(kPaired128x256, kGathered, kK, kSwiglu);
 
-extern SCATTERMOE_GROUPED_GEMM(kPingPong128x128, kGathered, kMn, kSwigluBackward);
 extern SCATTERMOE_GROUPED_GEMM(kPaired128x256, kGathered, kMn, kSwigluBackward);
 
 extern SCATTERMOE_WEIGHT_GRAD(kPingPong128x192, kNeither, kPlain);

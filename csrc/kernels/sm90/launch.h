@@ -38,19 +38,17 @@ struct EpilogueOf<EpilogueId::kSwigluBackward, Element, kTile> {
 template <typename Arguments>
 cudaError_t launch_persistent(void (*kernel)(Arguments), OncePerDevice& shared_allowed, int cluster, int threads,
                               int shared, int64_t tiles, const Arguments& arguments, cudaStream_t stream) {
-    int device = 0, multiprocessors = 0;
-    cudaError_t error = cudaGetDevice(&device);
+    DeviceFacts device;
+    cudaError_t error = current_device(device);
     if (error == cudaSuccess) {
-        error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    }
-    if (error == cudaSuccess) {
-        error = shared_allowed.run(
-            [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared); });
+        error = shared_allowed.run(device.device, [&] {
+            return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+        });
     }
     if (error != cudaSuccess) return error;
     // Tile numbers run past the last by some grids.
-    if (tiles > INT32_MAX - 4 * multiprocessors) return cudaErrorInvalidConfiguration;
-    const int64_t clusters = std::clamp<int64_t>(tiles, 1, std::max(multiprocessors / cluster, 1));
+    if (tiles > INT32_MAX - 4 * device.multiprocessors) return cudaErrorInvalidConfiguration;
+    const int64_t clusters = std::clamp<int64_t>(tiles, 1, std::max(device.multiprocessors / cluster, 1));
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};

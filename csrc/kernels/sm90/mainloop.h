@@ -46,14 +46,15 @@ struct Mainloop {
     // Sums of a tile over its k_blocks > 0 stages. prepare(k_block, stage) runs between a stage's arrival and its
     // products, before_drain() when the last products have been issued but not finished. The first stage is not part of
     // the loop: an `if` around the wait in there would make ptxas wait for every product at once.
-    // kActive: how many of the warpgroup's blocks of 64 rows are multiplied.
-    template <int kActive = kBlocks, typename Prepare, typename BeforeDrain>
+    // kActive: how many of the warpgroup's blocks of 64 rows are multiplied, kWidth: how many columns.
+    template <int kActive = kBlocks, int kWidth = kShape.n, typename Prepare, typename BeforeDrain>
     __device__ __forceinline__ static void run(Sums& sums, const Ring& ring, Position& at, uint32_t shared,
                                                int consumer, int k_blocks, Prepare&& prepare,
                                                BeforeDrain&& before_drain) {
         const int lane = threadIdx.x % kWarpSize;
         const uint32_t a = shared + (kShape.ping_pong ? 0 : consumer * kBlocks * A::kBlockBytes);
         const uint32_t b = shared + Layout::kB;
+        constexpr int kAtOnce = kWidth < kColumns ? kWidth : kColumns;
         auto multiply = [&](int k_block, bool accumulate) {
             ring.wait_full(at);
             prepare(k_block, at.stage);
@@ -65,9 +66,9 @@ struct Mainloop {
 #pragma unroll
                 for (int block = 0; block < kActive; ++block) {
 #pragma unroll
-                    for (int column = 0; column < kShape.n; column += kColumns) {
-                        ptx::wgmma<Element, kMajorA, kMajorB, kColumns>(
-                            reinterpret_cast<float (&)[kColumns / 2]>(sums[block][column / 2]),
+                    for (int column = 0; column < kWidth; column += kAtOnce) {
+                        ptx::wgmma<Element, kMajorA, kMajorB, kAtOnce>(
+                            reinterpret_cast<float (&)[kAtOnce / 2]>(sums[block][column / 2]),
                             a_stage + block * A::kNextBlock + step * A::kNext16,
                             b_stage + column / 64 * B::kNextBlock + step * B::kNext16, accumulate || step > 0);
                     }

@@ -53,12 +53,15 @@ constexpr TileChoice select_glu_tile(int64_t width, bool needs_room) {
                                              : "paired 128x256: the least traffic for each product"};
 }
 
-// The product with W_down that goes on through the activation's backward. k: the contraction.
-constexpr TileChoice select_glu_backward_tile(int64_t n, int64_t k) {
-    if (k < 2048 || wastes_more(n, 256, 128, 20)) {
-        return {Tile::kPingPong128x128, "ping-pong 128x128: the activation runs beside the other consumer's products"};
-    }
+// The product with W_down that goes on through the activation's backward. A tile with half its columns past the matrix's
+// last computes only the other half.
+constexpr TileChoice select_glu_backward_tile() {
     return {Tile::kPaired128x256, "paired 128x256: the least traffic for each product"};
+}
+
+// In how many parts it leaves <dA, act(z)>: one for each tile of columns.
+constexpr int gate_parts(int64_t n) {
+    return static_cast<int>(ceil_div(n, tile_shape(select_glu_backward_tile().tile).n));
 }
 
 // Whether tiles are dealt out as blocks ask for them, or beforehand. With a short contraction, asking costs more than

@@ -50,10 +50,10 @@ struct GluBackwardGemmParams {
     const int32_t* slot_order = nullptr;
     void* grad_z = nullptr;          // like z, which it may be, or none
     void* gated_hidden = nullptr;    // [S, n], or none
-    float* gate_partials = nullptr;  // [gate_parts(gemm), S], or none
+    float* gate_partials = nullptr;  // [gate_parts(n), S], or none
+    float* grad_gates = nullptr;     // by slot, or none: the same where there is one part, zero for sentinels
 };
 
-int gate_parts(const GroupedGemmParams& gemm);
 bool can_run(const GluBackwardGemmParams& params);
 cudaError_t glu_backward_gemm(const GluBackwardGemmParams& params, cudaStream_t stream);
 

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../ptx/elect.h"
 #include "../ptx/fence.h"
 #include "../ptx/stmatrix.h"
 #include "../ptx/tma.h"
@@ -105,7 +106,7 @@ class StagedStore {
     __device__ __forceinline__ void send(const CUtensorMap& map, int x, int y, int z) {
         ptx::fence_proxy_async();
         __syncwarp();
-        if (threadIdx.x % kWarpSize == 0) {
+        if (ptx::elect()) {
             ptx::tma_store(map, buffer(), x, y, z);
             ptx::tma_store_commit();
         }
@@ -129,13 +130,13 @@ class StagedStore {
             const int32_t target_row = __shfl_sync(kFullWarp, rows.lane_row, row);
             if (row < rows.valid && inside) *reinterpret_cast<uint4*>(base + target_row * target.stride) = values;
         }
-        if (lane == 0) ptx::tma_store_commit();  // an empty group, for the count
+        if (ptx::elect()) ptx::tma_store_commit();  // an empty group, for the count
         next();
     }
 
     // Shared memory may go once its last readers are done.
     __device__ __forceinline__ static void drain() {
-        if (threadIdx.x % kWarpSize == 0) ptx::tma_store_wait_all();
+        if (ptx::elect()) ptx::tma_store_wait_all();
     }
 
   private:
@@ -143,7 +144,7 @@ class StagedStore {
 
     // Waits until the buffer's last contents have left.
     __device__ __forceinline__ void claim() {
-        if (threadIdx.x % kWarpSize == 0) ptx::tma_store_wait_read<kBuffers - 1>();
+        if (ptx::elect()) ptx::tma_store_wait_read<kBuffers - 1>();
         __syncwarp();
     }
 

@@ -42,8 +42,9 @@ class TileWalker {
     static constexpr int kRows = kTileM * (kPaired ? kPair : 1);  // of a number's tile, a pair's together
 
   public:
-    __device__ __forceinline__ TileWalker(const int32_t* expert_offsets, int num_experts, int tiles_n)
-        : expert_offsets_(expert_offsets), num_experts_(num_experts), tiles_n_(tiles_n) {
+    __device__ __forceinline__ TileWalker(const int32_t* expert_offsets, int num_experts, int tiles_n,
+                                          const FastDivider& by_tiles_n)
+        : expert_offsets_(expert_offsets), num_experts_(num_experts), tiles_n_(tiles_n), by_tiles_n_(by_tiles_n) {
         load_window(0);
     }
 
@@ -62,7 +63,7 @@ class TileWalker {
         // Read again rather than held: the consumers have no register to spare.
         const int32_t begin = __ldg(expert_offsets_ + tile.expert), end = __ldg(expert_offsets_ + tile.expert + 1);
         const int tiles_m = row_tiles(begin, end);
-        const TileIndex index = banded_order(number - (end_tile - tiles_m * tiles_n_), tiles_m, tiles_n_);
+        const TileIndex index = banded_order(number - (end_tile - tiles_m * tiles_n_), tiles_m, tiles_n_, by_tiles_n_);
         tile.row = begin + index.m * kRows;
         tile.rows = end - tile.row;
         tile.column = index.n;
@@ -92,6 +93,7 @@ class TileWalker {
     const int32_t* expert_offsets_;
     int num_experts_;
     int tiles_n_;
+    const FastDivider& by_tiles_n_;
     int window_ = 0;  // its first expert
     int tiles_;       // of all experts up to the lane's, its own among them
 };

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../combine_device.h"
+#include "../ptx/elect.h"
 #include "../ptx/fence.h"
 #include "../ptx/named_barrier.h"
 #include "../ptx/setmaxnreg.h"
@@ -75,13 +76,13 @@ class DepthTiles {
     // False past the last. The whole warp asks.
     __device__ __forceinline__ bool find(int number, DepthTile& tile) const {
         const int tiles_m = (p.tiles_m + kPairM - 1) / kPairM, tiles_n = (p.tiles_n + kPairN - 1) / kPairN;
-        const int tiles = tiles_m * tiles_n, place = number / tiles;
+        const int tiles = tiles_m * tiles_n, place = p.by_tiles.divide(number);
         if (place >= p.num_experts) return false;
         tile.expert = place;
         if (is_ordered()) {
             tile.expert = __reduce_max_sync(kFullWarp, ptx::load_shared_16(order_ + place * 2));
         }
-        const TileIndex index = banded_order(number - place * tiles, tiles_m, tiles_n);
+        const TileIndex index = banded_order(number - place * tiles, tiles_m, tiles_n, p.by_tiles_n);
         const int rank = kPairM * kPairN == 1 ? 0 : ptx::cluster_rank();
         tile.row = index.m * kPairM + (kPairM == 1 ? 0 : rank);
         tile.column = index.n * kPairN + (kPairN == 1 ? 0 : rank);
@@ -156,7 +157,7 @@ struct WeightGrad {
         DepthTile tile;
         int i = 0;
         for (; tiles.find(queue.number(i), tile); ++i) {
-            if (threadIdx.x == 0) {
+            if (ptx::elect()) {
                 queue.begin(i);
                 for (int k_block = 0; k_block < tile.k_blocks(); ++k_block) {
                     ring.wait_empty(at);
@@ -166,7 +167,7 @@ struct WeightGrad {
             }
             __syncwarp();
         }
-        if (threadIdx.x == 0) queue.end(i);
+        if (ptx::elect()) queue.end(i);
     }
 
     // Groups of stages, one tile's after the other's: what row numbers are looked up for at once.
@@ -233,7 +234,7 @@ struct WeightGrad {
                 if (k_block >= tile.k_blocks()) break;
                 rows.aim(row_of_lane, half, column);
                 ring.wait_empty(at);
-                if (threadIdx.x == 0) load_in_order(p, ring, at, shared, tile, k_block);
+                if (threadIdx.x < kWarpSize && ptx::elect()) load_in_order(p, ring, at, shared, tile, k_block);
                 rows.copy(shared + kOffset + at.stage * kStageBytes, tile.depth - k_block * kStageK);
                 ptx::mbarrier_arrive_after_cp_async(ring.full(at.stage));
                 at.advance();
@@ -339,7 +340,7 @@ struct WeightGrad {
         };
         const int first_row = tile.row * kShape.m + warp.consumer * 64;
         if (first_row >= p.m) return;
-        const bool sends = warp.warp == 0 && warp.lane == 0;
+        const auto sends = [&] { return ptx::elect() && warp.warp == 0; };
         const float (&s)[kShape.n / 2] = sums[0];
         // Of the four matrices that a warp turns at a time, those of the lane's address.
         const int matrix = warp.lane / 8, row = matrix / 2 * 8 + warp.lane % 8;
@@ -349,7 +350,7 @@ struct WeightGrad {
             const int first_column = tile.column * kShape.n + part * 64;
             if (first_column >= p.n) break;
             const uint32_t buffer = staging + (warp.consumer * 2 + part % 2) * kBytes;
-            if (sends) ptx::tma_store_wait_read<1>();
+            if (sends()) ptx::tma_store_wait_read<1>();
             meet();
 #pragma unroll
             for (int j = 0; j < 8; j += 2) {
@@ -360,7 +361,7 @@ struct WeightGrad {
             }
             ptx::fence_proxy_async();
             meet();
-            if (sends) {
+            if (sends()) {
                 ptx::tma_store(p.out_map, buffer, first_row, first_column, tile.expert);
                 ptx::tma_store_commit();
             }

@@ -145,7 +145,7 @@ MoeMlpGrads moe_mlp_backward_cuda(const at::Tensor& grad_, const at::Tensor& x, 
     };
     const auto weight_gradient = [&](const cuda::MappedRows& left, const cuda::MappedRows& right,
                                      const at::Tensor& weight) {
-        at::Tensor out = at::empty_like(weight);
+        at::Tensor out = weight.is_contiguous() ? at::empty(weight.sizes(), weight.options()) : at::empty_like(weight);
         cuda::weight_gradient(kOp, left, right, out, groups, allow_tf32, sum ? &*sum : nullptr);
         sum.reset();
         return out;

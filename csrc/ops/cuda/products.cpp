@@ -11,8 +11,11 @@ kernels::RowMap Groups::by_token(int64_t top_k) const {
 }
 
 int32_t* Groups::next_counter() const {
+    constexpr int64_t kCounters = 4;
     if (!counters_.defined() || used_counters_ == counters_.size(0)) {
-        counters_ = at::zeros({4}, slot_order.options());
+        counters_ = at::empty({kCounters}, slot_order.options());
+        check_launch("counters", cudaMemsetAsync(counters_.mutable_data_ptr(), 0, counters_.nbytes(), current_stream()),
+                     {});
         used_counters_ = 0;
     }
     return counters_.data_ptr<int32_t>() + used_counters_++;
