@@ -23,34 +23,20 @@ struct TileIndex {
     int n;
 };
 
-// 2^32 / d, rounded up, for 1 < d <= kBand.
-constexpr uint32_t band_reciprocal(uint32_t d) {
-    return static_cast<uint32_t>((uint64_t{1} << 32) / d + ((uint64_t{1} << 32) % d != 0 ? 1 : 0));
+// 2^32 / d, rounded up, for d > 1.
+SCATTERMOE_HD constexpr uint32_t reciprocal_32(uint32_t d) {
+    return UINT32_MAX / d + 1;
 }
 
 // n / rows for 0 <= n < 2^28 and 0 < rows <= kBand.
 __device__ __forceinline__ int divide_by_band_rows(int n, int rows) {
     static_assert(kBand == 16);
-    static constexpr uint32_t kReciprocals[kBand + 1] = {
-        0,
-        0,
-        band_reciprocal(2),
-        band_reciprocal(3),
-        band_reciprocal(4),
-        band_reciprocal(5),
-        band_reciprocal(6),
-        band_reciprocal(7),
-        band_reciprocal(8),
-        band_reciprocal(9),
-        band_reciprocal(10),
-        band_reciprocal(11),
-        band_reciprocal(12),
-        band_reciprocal(13),
-        band_reciprocal(14),
-        band_reciprocal(15),
-        band_reciprocal(16),
+    static constexpr uint32_t kReciprocals[kBand - 1] = {
+        reciprocal_32(2),  reciprocal_32(3),  reciprocal_32(4),  reciprocal_32(5),  reciprocal_32(6),
+        reciprocal_32(7),  reciprocal_32(8),  reciprocal_32(9),  reciprocal_32(10), reciprocal_32(11),
+        reciprocal_32(12), reciprocal_32(13), reciprocal_32(14), reciprocal_32(15), reciprocal_32(16),
     };
-    return rows == 1 ? n : static_cast<int>(__umulhi(static_cast<uint32_t>(n), kReciprocals[rows]));
+    return rows == 1 ? n : static_cast<int>(__umulhi(static_cast<uint32_t>(n), kReciprocals[rows - 2]));
 }
 
 // by_tiles_n: divides by tiles_n.
