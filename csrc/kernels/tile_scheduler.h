@@ -31,12 +31,26 @@ SCATTERMOE_HD constexpr uint32_t reciprocal_32(uint32_t d) {
 // n / rows for 0 <= n < 2^28 and 0 < rows <= kBand.
 __device__ __forceinline__ int divide_by_band_rows(int n, int rows) {
     static_assert(kBand == 16);
-    static constexpr uint32_t kReciprocals[kBand - 1] = {
-        reciprocal_32(2),  reciprocal_32(3),  reciprocal_32(4),  reciprocal_32(5),  reciprocal_32(6),
-        reciprocal_32(7),  reciprocal_32(8),  reciprocal_32(9),  reciprocal_32(10), reciprocal_32(11),
-        reciprocal_32(12), reciprocal_32(13), reciprocal_32(14), reciprocal_32(15), reciprocal_32(16),
+    static constexpr uint32_t kReciprocals[kBand + 1] = {
+        0,
+        0,  // of one, which does not fit
+        reciprocal_32(2),
+        reciprocal_32(3),
+        reciprocal_32(4),
+        reciprocal_32(5),
+        reciprocal_32(6),
+        reciprocal_32(7),
+        reciprocal_32(8),
+        reciprocal_32(9),
+        reciprocal_32(10),
+        reciprocal_32(11),
+        reciprocal_32(12),
+        reciprocal_32(13),
+        reciprocal_32(14),
+        reciprocal_32(15),
+        reciprocal_32(16),
     };
-    return rows == 1 ? n : static_cast<int>(__umulhi(static_cast<uint32_t>(n), kReciprocals[rows - 2]));
+    return rows == 1 ? n : static_cast<int>(__umulhi(static_cast<uint32_t>(n), kReciprocals[rows]));
 }
 
 // by_tiles_n: divides by tiles_n.
