@@ -157,9 +157,8 @@ struct Value {
 
 template <typename T>
 SCATTERMOE_HOST_DEVICE Value<T> silu(T x) {
-    const T s = sigmoid(x), f = x * s;
-    // What the difference loses where s is close to one is small beside s.
-    return {f, s + f * (T(1) - s)};
+    const auto [s, c] = sigmoid_and_complement(x);
+    return {x * s, s * (T(1) + x * c)};
 }
 
 template <typename T>

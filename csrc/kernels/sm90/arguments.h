@@ -102,8 +102,6 @@ struct GluBackwardArguments {
     int num_slots;
     int width;
     GluLayout layout;
-    float alpha;
-    float limit;
 };
 
 // ---- Products ----

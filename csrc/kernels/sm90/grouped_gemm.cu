@@ -258,8 +258,6 @@ cudaError_t glu_backward_gemm(const GluBackwardGemmParams& p, Tile tile, cudaStr
     a.epilogue.num_slots = gemm.num_slots;
     a.epilogue.width = gemm.n;
     a.epilogue.layout = layout;
-    a.epilogue.alpha = static_cast<float>(p.activation.alpha);
-    a.epilogue.limit = static_cast<float>(p.activation.limit);
     switch (tile) {
         case Tile::kPaired128x256:
             return launch_grouped_gemm<Tile::kPaired128x256, Rows::kGathered, Major::kMn, EpilogueId::kSwigluBackward>(
