@@ -21,8 +21,8 @@ bool stride_fits(int64_t stride, DType dtype) {
     return stride * size_of(dtype) <= kMaxRowBytes;
 }
 
-// Whether blocks have to ask for tiles: the first two of each are its own (sm90/tile_queue.h), or of each pair. `tiles`:
-// how many there would be of the smallest.
+// Whether blocks have to ask for tiles: the first two of each are its own (sm90/tile_queue.h), or of each pair.
+// `tiles`: how many there would be of the smallest.
 bool asks_for_tiles(int64_t tiles) {
     DeviceFacts device;
     return current_device(device) == cudaSuccess && tiles > device.multiprocessors;

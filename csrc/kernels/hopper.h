@@ -32,7 +32,8 @@ bool takes_hopper([[maybe_unused]] const Params& p) {
     DeviceFacts device;
     return current_device(device) == cudaSuccess && device.code_architecture == 90 && sm90::is_enabled() &&
            sm90::can_run(p) &&
-           select_gemm(gemm_query(p, device.code_architecture, /*aligned=*/true, /*hopper=*/true)).engine == GemmEngine::kHopper;
+           select_gemm(gemm_query(p, device.code_architecture, /*aligned=*/true, /*hopper=*/true)).engine ==
+               GemmEngine::kHopper;
 #else
     return false;
 #endif

@@ -93,12 +93,12 @@ struct GluBackwardArguments {
     CUtensorMap z_map;             // [S, halves, 2 width / halves], as in GluMatrix; a tile's rows at a time
     CUtensorMap grad_z_map;        // the same, sixteen rows at a time
     CUtensorMap gated_hidden_map;  // [S, 1, width]
-    void* grad_z;               // like z, which it may be, or none
-    void* gated_hidden;         // [S, width], or none
-    const float* gates;         // by slot
-    const int32_t* slot_order;  // [S]
-    float* gate_partials;       // [tiles_n, S], or none: <dA, act(z)> over a tile's columns, by grouped position
-    float* grad_gates;          // [S] by slot, or none: the same where one tile has all columns
+    void* grad_z;                  // like z, which it may be, or none
+    void* gated_hidden;            // [S, width], or none
+    const float* gates;            // by slot
+    const int32_t* slot_order;     // [S]
+    float* gate_partials;          // [tiles_n, S], or none: <dA, act(z)> over a tile's columns, by grouped position
+    float* grad_gates;             // [S] by slot, or none: the same where one tile has all columns
     int num_slots;
     int width;
     GluLayout layout;

@@ -11,9 +11,9 @@
 #include "../ptx/elect.h"
 #include "../ptx/fence.h"
 #include "../ptx/ldmatrix.h"
+#include "../ptx/mbarrier.h"
 #include "../ptx/stmatrix.h"
 #include "../ptx/tma.h"
-#include "../ptx/mbarrier.h"
 #include "epilogue.h"
 #include "pipeline.h"
 
@@ -64,7 +64,7 @@ class GluBackwardEpilogue {
     __device__ __forceinline__ GluBackwardEpilogue(const Arguments& arguments, uint32_t) : p(arguments) {
         const int row = warp_.lane % 16;
         lane_offset_ = row * 128 + (warp_.lane / 16 ^ row & 7) * 16;
-        asm volatile("" : "+r"(lane_offset_));
+        asm volatile("" : "+r"(lane_offset_));  // the compiler would else hold all that it is combined with
     }
 
     __device__ __forceinline__ void begin(const OutputTile& tile) {
@@ -207,9 +207,7 @@ class GluBackwardEpilogue {
     }
 
     // A lane's row address for the matrices of eight columns j and j + 1 of the warp's rows.
-    __device__ __forceinline__ uint32_t matrix_offset(int j) const {
-        return lane_offset_ ^ j * 16;
-    }
+    __device__ __forceinline__ uint32_t matrix_offset(int j) const { return lane_offset_ ^ j * 16; }
     // Interleaved: of two gates and their ups, of which 64 columns have those of 32.
     __device__ __forceinline__ uint32_t pair_offset(int j, int i) const {
         const int row = warp_.lane / 4 + i % 2 * 8, block = j + i / 2;
@@ -305,8 +303,8 @@ class GluBackwardEpilogue {
     const Arguments& p;
     ConsumerWarp<kTile> warp_;
     uint32_t lane_offset_;
-    float gates_[2];    // of the lane's rows
-    int lent_ = -1;  // the stage that the last stores are from, unless it is released
+    float gates_[2];  // of the lane's rows
+    int lent_ = -1;   // the stage that the last stores are from, unless it is released
 };
 
 }  // namespace scattermoe::kernels::sm90

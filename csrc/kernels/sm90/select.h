@@ -53,8 +53,8 @@ constexpr TileChoice select_glu_tile(int64_t width, bool needs_room) {
                                              : "paired 128x256: the least traffic for each product"};
 }
 
-// The product with W_down that goes on through the activation's backward. A tile with half its columns past the matrix's
-// last computes only the other half.
+// The product with W_down that goes on through the activation's backward. A tile with half its columns past the
+// matrix's last computes only the other half.
 constexpr TileChoice select_glu_backward_tile() {
     return {Tile::kPaired128x256, "paired 128x256: the least traffic for each product"};
 }
