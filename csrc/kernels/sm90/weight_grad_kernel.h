@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../combine_device.h"
 #include "../ptx/elect.h"
@@ -30,14 +31,23 @@ struct DepthTile {
     int32_t depth;
     int row;     // of the output, in tiles
     int column;  // likewise
+    int half;    // of its columns: 0 or 1, or kAll
+
+    static constexpr int kAll = -1;
+    // In columns.
+    template <int kTileN>
+    __device__ __forceinline__ int first_column() const {
+        return column * kTileN + (half > 0 ? kTileN / 2 : 0);
+    }
 
     // One at least, of zeros where there are no rows.
     __device__ __forceinline__ int k_blocks() const { return max((depth + kStageK - 1) / kStageK, 1); }
 };
 
 // Tiles in the order of their numbers: an expert's one after the other, experts with many rows first. Their tiles take
-// longest, and what is left for the end should be short.
-template <int kPairM, int kPairN>
+// longest, and what is left for the end should be short. With kSplits a tile that alone would take longer than all of
+// them on all blocks has two numbers, one for each half of its columns.
+template <int kPairM, int kPairN, bool kSplits>
 class DepthTiles {
   public:
     // `order`: shared memory for the experts' order. All `threads` of the block call it together; `scratch` is free
@@ -71,12 +81,33 @@ class DepthTiles {
             if (expert < p.num_experts) ptx::store_shared_16(order_ + before * 2, expert);
         }
         ptx::fence_proxy_async();
+        if constexpr (kSplits) {
+            __syncthreads();
+            const float total = static_cast<float>(__ldg(p.expert_offsets + p.num_experts));
+            const float limit = total * static_cast<float>(p.tiles_m * p.tiles_n) / static_cast<float>(gridDim.x);
+            const int place = threadIdx.x % kWarpSize;  // in the order: more than so many are not split
+            const float depth =
+                static_cast<float>(rows(ptx::load_shared_16(order_ + min(place, p.num_experts - 1) * 2)));
+            const bool is_long = place < p.num_experts && depth > limit;
+            long_experts_ = __popc(__ballot_sync(kFullWarp, is_long));
+        }
     }
 
     // False past the last. The whole warp asks.
     __device__ __forceinline__ bool find(int number, DepthTile& tile) const {
         const int tiles_m = (p.tiles_m + kPairM - 1) / kPairM, tiles_n = (p.tiles_n + kPairN - 1) / kPairN;
-        const int tiles = tiles_m * tiles_n, place = p.by_tiles.divide(number);
+        const int tiles = tiles_m * tiles_n;
+        tile.half = DepthTile::kAll;
+        if constexpr (kSplits) {
+            const int halves = 2 * long_experts_ * tiles;
+            if (number < halves) {
+                tile.half = number % 2;
+                number /= 2;
+            } else {
+                number -= halves / 2;
+            }
+        }
+        const int place = p.by_tiles.divide(number);
         if (place >= p.num_experts) return false;
         tile.expert = place;
         if (is_ordered()) {
@@ -96,6 +127,7 @@ class DepthTiles {
 
     const WeightGradArguments& p;
     uint32_t order_;
+    int long_experts_ = 0;  // the first of the order, whose tiles are split
 };
 
 template <typename Element, Tile kTile, GatheredSide kGathered, GradVariant kVariant>
@@ -109,7 +141,9 @@ struct WeightGrad {
     using Queue = TileQueue<tile_shape(kTile).paired>;
     static constexpr TileShape kShape = tile_shape(kTile);
     static constexpr bool kSharesLeft = kShape.pair_n() > 1, kSharesRight = kShape.pair_m() > 1;
-    using Tiles = DepthTiles<kShape.pair_m(), kShape.pair_n()>;
+    // The columns are split where they are the wide side and come in order.
+    static constexpr bool kSplits = !kShape.ping_pong && kShape.n == 256 && kGathered != GatheredSide::kRight;
+    using Tiles = DepthTiles<kShape.pair_m(), kShape.pair_n(), kSplits>;
     static constexpr bool kGathers = kGathered != GatheredSide::kNeither;
     static constexpr bool kLeftInOrder = kGathered != GatheredSide::kLeft;
     static constexpr bool kRightInOrder = kGathered != GatheredSide::kRight;
@@ -133,7 +167,8 @@ struct WeightGrad {
                                                          uint32_t shared, const DepthTile& tile, int k_block) {
         const uint32_t full = ring.full(at.stage);
         const int first = tile.begin + k_block * kStageK;
-        ptx::mbarrier_arrive_expect_bytes(full, kBulkBytes);
+        const bool all = !kSplits || tile.half == DepthTile::kAll;
+        ptx::mbarrier_arrive_expect_bytes(full, all ? kBulkBytes : kBulkBytes - kShape.b_bytes() / 2);
         if constexpr (kLeftInOrder) {
 #pragma unroll
             for (int block = 0; block < kShape.m / 64; ++block) {
@@ -142,12 +177,22 @@ struct WeightGrad {
             }
         }
         if constexpr (kRightInOrder) {
-#pragma unroll
-            for (int block = 0; block < kShape.n / 64; ++block) {
-                load_box<kSharesRight, kShape.n / 64>(block, shared + Layout::kB + at.stage * kShape.b_bytes(),
-                                                      p.right_map, full, tile.column * kShape.n, first);
+            const uint32_t operand = shared + Layout::kB + at.stage * kShape.b_bytes();
+            const int column = tile.template first_column<kShape.n>();
+            if (all) {
+                load_right<kShape.n / 64>(p, operand, full, column, first);
+            } else {
+                load_right<kShape.n / 128>(p, operand, full, column, first);
             }
         }
+    }
+
+    template <int kBoxes>
+    __device__ __forceinline__ static void load_right(const Arguments& p, uint32_t operand, uint32_t full, int column,
+                                                      int row) {
+#pragma unroll
+        for (int block = 0; block < kBoxes; ++block)
+            load_box<kSharesRight, kBoxes>(block, operand, p.right_map, full, column, row);
     }
 
     // One warp; its first lane starts the copies.
@@ -281,21 +326,30 @@ struct WeightGrad {
         }
         while (more) {
             if constexpr (kShape.ping_pong) ring.wait_turn(warp.consumer, turn);
-            Loop::run(
-                sums, ring, at, shared, warp.consumer, tile.k_blocks(),
-                [&](int k_block, int stage) {
-                    if constexpr (kGathers) ptx::fence_proxy_async();
-                    const int depth = tile.depth - k_block * kStageK;
-                    if (depth < kStageK) zero_tail(shared, stage, depth, warp.consumer);
-                },
-                [&] {
-                    if constexpr (kShape.ping_pong) ring.pass_turn(warp.consumer, warp.lane);
-                    look_ahead();
-                });
-            if constexpr (kVariant == GradVariant::kTransposed) {
-                write_transposed(p, sums, warp, shared + Layout::kStaging, tile);
-            } else {
-                write(p, sums, warp, store, tile);
+            const auto compute = [&](auto& products, auto columns) {
+                Loop::template run<Loop::kBlocks, columns.value>(
+                    products, ring, at, shared, warp.consumer, tile.k_blocks(),
+                    [&](int k_block, int stage) {
+                        if constexpr (kGathers) ptx::fence_proxy_async();
+                        const int depth = tile.depth - k_block * kStageK;
+                        if (depth < kStageK) zero_tail(shared, stage, depth, warp.consumer);
+                    },
+                    [&] {
+                        if constexpr (kShape.ping_pong) ring.pass_turn(warp.consumer, warp.lane);
+                        look_ahead();
+                    });
+                if constexpr (kVariant == GradVariant::kTransposed) {
+                    write_transposed<columns.value>(p, products, warp, shared + Layout::kStaging, tile);
+                } else {
+                    write<columns.value>(p, products, warp, store, tile);
+                }
+            };
+            if (!kSplits || tile.half == DepthTile::kAll) {
+                compute(sums, std::integral_constant<int, kShape.n>{});
+            } else if constexpr (kSplits) {
+                // Sums of their own: where two loops have the same, ptxas waits for every product.
+                typename Loop::Sums half;
+                compute(half, std::integral_constant<int, kShape.n / 2>{});
             }
             if (kShape.ping_pong && more) {  // the other's tile
                 at.advance(next.k_blocks());
@@ -307,7 +361,7 @@ struct WeightGrad {
     }
 
     // The copy engine leaves out rows and columns past the matrix's last.
-    template <typename Store>
+    template <int kColumns, typename Store>
     __device__ __forceinline__ static void write(const Arguments& p, const typename Loop::Sums& sums,
                                                  const ConsumerWarp<kTile>& warp, Store& store, const DepthTile& tile) {
 #pragma unroll
@@ -316,8 +370,8 @@ struct WeightGrad {
             if (row >= p.m) continue;
             const float (&s)[kShape.n / 2] = sums[block];
 #pragma unroll
-            for (int part = 0; part < kShape.n / 64; ++part) {
-                const int column = tile.column * kShape.n + part * 64;
+            for (int part = 0; part < kColumns / 64; ++part) {
+                const int column = tile.template first_column<kShape.n>() + part * 64;
                 if (column >= p.n) break;
                 store.stage([&](int j) {
                     const int i = (part * 8 + j) * 4;
@@ -330,6 +384,7 @@ struct WeightGrad {
 
     // Rows of the tile are columns of the output: a warpgroup's 64, of 64 of the tile's columns at a time, are turned
     // on their way to staging buffers that its warps have in common.
+    template <int kColumns>
     __device__ __forceinline__ static void write_transposed(const Arguments& p, const typename Loop::Sums& sums,
                                                             const ConsumerWarp<kTile>& warp, uint32_t staging,
                                                             const DepthTile& tile) {
@@ -346,8 +401,8 @@ struct WeightGrad {
         const int matrix = warp.lane / 8, row = matrix / 2 * 8 + warp.lane % 8;
         const int chunk = (warp.warp * 2 + matrix % 2) ^ warp.lane % 8;
 #pragma unroll
-        for (int part = 0; part < kShape.n / 64; ++part) {
-            const int first_column = tile.column * kShape.n + part * 64;
+        for (int part = 0; part < kColumns / 64; ++part) {
+            const int first_column = tile.template first_column<kShape.n>() + part * 64;
             if (first_column >= p.n) break;
             const uint32_t buffer = staging + (warp.consumer * 2 + part % 2) * kBytes;
             if (sends()) ptx::tma_store_wait_read<1>();
