@@ -80,6 +80,8 @@ def test_hopper() -> None:
     backward = [gemm, "gate_grad_kernel", gemm, grad, grad]
     assert kernels("moe_mlp", device="sm_90", backward=True) == backward
     assert "gate_grad_bias_kernel" in kernels("moe_mlp", device="sm_90", backward=True, bias=True)
+    fused = [explain("moe_mlp", device="sm_90", backward=True, **{**SIZES, "hidden_size": h})[0] for h in (1024, 2048)]
+    assert [launch.tile for launch in fused] == [(128, 256, 64), (128, 256, 64)]
     one_part = kernels("moe_mlp", device="sm_90", backward=True, intermediate_size=256)
     assert one_part[0] == gemm and "gate_grad_kernel" not in one_part
 
