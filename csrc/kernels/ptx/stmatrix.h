@@ -24,38 +24,4 @@ __device__ __forceinline__ void stmatrix_x4_transposed(uint32_t address, uint32_
                  : "memory");
 }
 
-__device__ __forceinline__ void store_shared_64(uint32_t address, uint32_t r0, uint32_t r1) {
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(r0), "r"(r1) : "memory");
-}
-
-__device__ __forceinline__ uint2 load_shared_64(uint32_t address) {
-    uint2 value;
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
-    return value;
-}
-
-__device__ __forceinline__ uint4 load_shared_128(uint32_t address) {
-    uint4 value;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "r"(address)
-                 : "memory");
-    return value;
-}
-
-__device__ __forceinline__ void store_shared_32(uint32_t address, int value) {
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ void store_shared_16(uint32_t address, int value) {
-    asm volatile("{\n.reg .b16 low;\ncvt.u16.u32 low, %1;\nst.shared.b16 [%0], low;\n}" ::"r"(address), "r"(value)
-                 : "memory");
-}
-
-__device__ __forceinline__ int load_shared_16(uint32_t address) {
-    int value;
-    asm volatile("{\n.reg .u16 low;\nld.shared.u16 low, [%1];\ncvt.u32.u16 %0, low;\n}" : "=r"(value) : "r"(address));
-    return value;
-}
-
 }  // namespace scattermoe::kernels::ptx

@@ -10,6 +10,7 @@
 #include "../ptx/cp_async.h"
 #include "../ptx/ldmatrix.h"
 #include "../ptx/mma.h"
+#include "../ptx/shared_memory.h"
 #include "../select.h"
 #include "../types.h"
 #include "../vector.h"

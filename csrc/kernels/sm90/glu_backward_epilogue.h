@@ -12,6 +12,7 @@
 #include "../ptx/fence.h"
 #include "../ptx/ldmatrix.h"
 #include "../ptx/mbarrier.h"
+#include "../ptx/shared_memory.h"
 #include "../ptx/stmatrix.h"
 #include "../ptx/tma.h"
 #include "epilogue.h"

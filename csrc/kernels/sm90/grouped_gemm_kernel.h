@@ -25,7 +25,7 @@ struct GroupedGemm {
     using Loop = Mainloop<Element, kTile, Major::kK, kWeightMajor>;
     using Layout = SharedLayout<kTile>;
     using Ring = typename Loop::Ring;
-    using Queue = TileQueue<tile_shape(kTile).paired>;
+    using Queue = TileQueue<OutputTile, tile_shape(kTile).paired>;
     using Walker = TileWalker<tile_shape(kTile).m, tile_shape(kTile).paired>;
     using Position = typename Ring::Position;
     static constexpr TileShape kShape = tile_shape(kTile);
@@ -83,6 +83,7 @@ struct GroupedGemm {
         for (; walker.seek(queue.number(i), tile); ++i) {
             if (ptx::elect()) {
                 queue.begin(i);
+                queue.publish_tile(i, tile);
                 for (int k_block = 0; k_block < p.k_blocks; ++k_block) {
                     ring.wait_empty(at);
                     const uint32_t full = ring.full(at.stage);
@@ -94,7 +95,10 @@ struct GroupedGemm {
             }
             __syncwarp();
         }
-        if (ptx::elect()) queue.end(i);
+        if (ptx::elect()) {
+            queue.end(i);
+            queue.publish_no_tile(i);
+        }
     }
 
     // The whole warpgroup. A stage is full when each thread's copies have landed, and the weight's bytes.
@@ -105,14 +109,19 @@ struct GroupedGemm {
         Position at;
         OutputTile next;
         int i = 0;
-        bool more = walker.seek(queue.number(i), next);
-        if (more) rows.look_ahead(next);
+        bool more;
+        const auto seek_next = [&] {
+            more = walker.seek(queue.number(i), next);
+            if (threadIdx.x == 0) more ? queue.publish_tile(i, next) : queue.publish_no_tile(i);
+            if (more) rows.look_ahead(next);
+        };
+        seek_next();
         while (more) {
             const OutputTile tile = next;
             if (threadIdx.x == 0) queue.begin(i);
             rows.begin_tile();
-            more = walker.seek(queue.number(++i), next);
-            if (more) rows.look_ahead(next);
+            ++i;
+            seek_next();
             for (int k_block = 0; k_block < p.k_blocks; ++k_block) {
                 ring.wait_empty(at);
                 const uint32_t full = ring.full(at.stage);
@@ -143,7 +152,6 @@ struct GroupedGemm {
                                                     uint32_t shared) {
         const int consumer = threadIdx.x / kWarpgroupThreads - 1, lane = threadIdx.x % kWarpSize;
         Epilogue epilogue(p.epilogue, shared + Layout::kStaging);
-        Walker walker(p.expert_offsets, p.num_experts, p.tiles_n, p.by_tiles_n);
         Position at;
         // Writes of the gathering threads reach the tensor cores only through a fence on this side of the barrier.
         const auto prepare = [&]([[maybe_unused]] int k_block, int) {
@@ -159,7 +167,7 @@ struct GroupedGemm {
             const auto pass_turn = [&] { ring.pass_turn(consumer, lane); };
             uint32_t turn = Ring::first_turn(consumer);
             if (consumer == 1) at.advance(p.k_blocks);
-            for (int i = consumer; walker.seek(queue.number(i), tile); i += kConsumers) {
+            for (int i = consumer; queue.tile(i, tile); i += kConsumers) {
                 epilogue.begin(tile);
                 ring.wait_turn(consumer, turn);
                 if (Epilogue::kCrowded || tile.rows > kShape.m / 2) {
@@ -173,11 +181,10 @@ struct GroupedGemm {
             }
         } else {
             int i = 0;
-            bool more = walker.seek(queue.number(i), tile);
+            bool more = queue.tile(i, tile);
             while (more) {
-                // While products run: it takes some of a thousand cycles.
                 OutputTile next;
-                const auto seek_next = [&] { more = walker.seek(queue.number(++i), next); };
+                const auto seek_next = [&] { more = queue.tile(++i, next); };
                 epilogue.begin(tile);
                 if (consumer * (kShape.m / kConsumers) >= tile.rows) {
                     if constexpr (Epilogue::kHasInput) {

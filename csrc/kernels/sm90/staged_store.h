@@ -12,6 +12,7 @@
 
 #include "../ptx/elect.h"
 #include "../ptx/fence.h"
+#include "../ptx/shared_memory.h"
 #include "../ptx/stmatrix.h"
 #include "../ptx/tma.h"
 #include "../vector.h"

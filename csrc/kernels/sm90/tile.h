@@ -67,7 +67,7 @@ SCATTERMOE_HD constexpr TileShape tile_shape(Tile tile) {
 
 inline constexpr int kSharedBytes = 227 * 1024;  // all that one block can have
 inline constexpr int kMaxStages = 7;
-inline constexpr int kQueueEntries = 16, kQueueBytes = 128;  // tile_queue.h
+inline constexpr int kQueueEntries = 16, kQueueBytes = kQueueEntries * (8 + 32);  // tile_queue.h
 inline constexpr int kBarrierBytes = 128 + kQueueBytes;
 inline constexpr int kStagingBufferBytes = 2048;  // 16 rows of 64 columns
 inline constexpr int kConsumerWarps = kConsumers * 4;

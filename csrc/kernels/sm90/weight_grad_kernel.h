@@ -14,6 +14,7 @@
 #include "../ptx/fence.h"
 #include "../ptx/named_barrier.h"
 #include "../ptx/setmaxnreg.h"
+#include "../ptx/shared_memory.h"
 #include "../ptx/tma.h"
 #include "arguments.h"
 #include "epilogue.h"
@@ -138,7 +139,7 @@ struct WeightGrad {
     using Layout = SharedLayout<kTile>;
     using Ring = typename Loop::Ring;
     using Position = typename Ring::Position;
-    using Queue = TileQueue<tile_shape(kTile).paired>;
+    using Queue = TileQueue<DepthTile, tile_shape(kTile).paired>;
     static constexpr TileShape kShape = tile_shape(kTile);
     static constexpr bool kSharesLeft = kShape.pair_n() > 1, kSharesRight = kShape.pair_m() > 1;
     // The columns are split where they are the wide side and come in order.
@@ -204,6 +205,7 @@ struct WeightGrad {
         for (; tiles.find(queue.number(i), tile); ++i) {
             if (ptx::elect()) {
                 queue.begin(i);
+                queue.publish_tile(i, tile);
                 for (int k_block = 0; k_block < tile.k_blocks(); ++k_block) {
                     ring.wait_empty(at);
                     load_in_order(p, ring, at, shared, tile, k_block);
@@ -212,7 +214,10 @@ struct WeightGrad {
             }
             __syncwarp();
         }
-        if (ptx::elect()) queue.end(i);
+        if (ptx::elect()) {
+            queue.end(i);
+            queue.publish_no_tile(i);
+        }
     }
 
     // Groups of stages, one tile's after the other's: what row numbers are looked up for at once.
@@ -242,8 +247,10 @@ struct WeightGrad {
             if (threadIdx.x == 0) {
                 if (more) {
                     queue.begin(i);
+                    queue.publish_tile(i, tile);
                 } else {
                     queue.end(i);
+                    queue.publish_no_tile(i);
                 }
             }
             __syncwarp();
@@ -307,8 +314,8 @@ struct WeightGrad {
         ptx::named_barrier_sync<kWriters>(static_cast<int>(NamedBarrier::kTail) + (kShape.ping_pong ? consumer : 0));
     }
 
-    __device__ __forceinline__ static void multiply(const Arguments& p, const Ring& ring, const Tiles& tiles,
-                                                    const Queue& queue, uint32_t shared) {
+    __device__ __forceinline__ static void multiply(const Arguments& p, const Ring& ring, const Queue& queue,
+                                                    uint32_t shared) {
         using Store = StagedStore<Element, kStoreColumns, kShape.staging_buffers>;
         const ConsumerWarp<kTile> warp;
         Store store(warp.staging(shared + Layout::kStaging));
@@ -317,8 +324,8 @@ struct WeightGrad {
         uint32_t turn = Ring::first_turn(warp.consumer);
         int i = 0;
         DepthTile tile, next;
-        bool more = tiles.find(queue.number(i), tile);
-        const auto look_ahead = [&] { more = tiles.find(queue.number(++i), next); };
+        bool more = queue.tile(i, tile);
+        const auto look_ahead = [&] { more = queue.tile(++i, next); };
         if (kShape.ping_pong && warp.consumer == 1 && more) {
             at.advance(tile.k_blocks());
             look_ahead();
@@ -470,7 +477,7 @@ __global__ void __launch_bounds__(block_threads(kVariant == GradVariant::kBeside
         }
     } else if (!kCombines || threadIdx.x < kThreads) {
         ptx::setmaxnreg_increase<kBudget.consumer>();
-        Grad::multiply(p, ring, tiles, queue, shared);
+        Grad::multiply(p, ring, queue, shared);
     } else if constexpr (kCombines) {
         ptx::setmaxnreg_decrease<kBudget.helper>();
         combine_tokens<Element>(p.beside);
