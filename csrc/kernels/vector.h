@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -96,13 +97,11 @@ bool rows_aligned(int64_t columns) {
     return columns * static_cast<int64_t>(sizeof(T)) % kVectorBytes == 0;
 }
 
-// A block of 256 threads that covers `vectors` columns of as many rows as fit: x walks a row, y the rows.
+// A block of at most 256 threads that covers `vectors` columns of as many rows as fit: x walks a row, y the rows.
 inline constexpr int kRowBlockThreads = 256;
 
 inline dim3 row_block(int64_t vectors) {
-    int x = kWarpSize;
-    while (x < kRowBlockThreads && x < vectors)
-        x *= 2;
+    const int x = static_cast<int>(std::min<int64_t>(round_up(vectors, kWarpSize), kRowBlockThreads));
     return dim3(x, kRowBlockThreads / x);
 }
 

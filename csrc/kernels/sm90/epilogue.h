@@ -16,6 +16,9 @@ namespace scattermoe::kernels::sm90 {
 // An epilogue for which nothing comes by way of the ring.
 struct NoInput {
     static constexpr bool kHasInput = false;
+
+    __device__ __forceinline__ void look_ahead(const OutputTile&) {}
+    __device__ __forceinline__ void begin() {}
 };
 
 // What every epilogue of a grouped product has: where its warp stands in a tile, and its part of the staging buffers.
@@ -94,8 +97,6 @@ class StoreEpilogue : public NoInput {
     __device__ __forceinline__ StoreEpilogue(const Arguments& arguments, uint32_t staging)
         : arguments_(arguments), store_(warp_.staging(staging)) {}
 
-    __device__ __forceinline__ void begin(const OutputTile&) {}
-
     template <typename Sums>
     __device__ __forceinline__ void run(Sums& sums, const OutputTile& tile) {
         const int first_column = tile.column * kShape.n;
@@ -154,8 +155,6 @@ class GluEpilogue : public NoInput {
 
     __device__ __forceinline__ GluEpilogue(const Arguments& arguments, uint32_t staging)
         : arguments_(arguments), store_(warp_.staging(staging)) {}
-
-    __device__ __forceinline__ void begin(const OutputTile&) {}
 
     template <typename Sums>
     __device__ __forceinline__ void run(Sums& sums, const OutputTile& tile) {

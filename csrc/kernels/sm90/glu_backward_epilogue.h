@@ -68,11 +68,20 @@ class GluBackwardEpilogue {
         asm volatile("" : "+r"(lane_offset_));  // the compiler would else hold all that it is combined with
     }
 
-    __device__ __forceinline__ void begin(const OutputTile& tile) {
+    // In two steps, like GatheredMatrix: long before the tile, what memory says of its rows ...
+    __device__ __forceinline__ void look_ahead(const OutputTile& tile) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int32_t position = tile.row + max(min(warp_.row(0) + warp_.lane / 4 + i * 8, tile.rows - 1), 0);
-            gates_[i] = __ldg(p.gates + __ldg(p.slot_order + position));
+            const int row = warp_.row(0) + warp_.lane / 4 + i * 8;
+            next_slots_[i] = __ldg(p.slot_order + tile.row + max(min(row, tile.rows - 1), 0));
+        }
+    }
+    // ... and long before its epilogue, their gates.
+    __device__ __forceinline__ void begin() {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            slots_[i] = next_slots_[i];
+            gates_[i] = __ldg(p.gates + slots_[i]);
         }
     }
 
@@ -169,11 +178,10 @@ class GluBackwardEpilogue {
                 dots[i] += __shfl_xor_sync(kFullWarp, dots[i], 2);
                 const int offset = warp_.lane / 4 + i * 8;
                 if (warp_.lane % 4 == 0 && offset < valid) {
-                    const int32_t position = tile.row + row + offset;
                     if (p.grad_gates != nullptr) {
-                        p.grad_gates[__ldg(p.slot_order + position)] = dots[i];
+                        p.grad_gates[slots_[i]] = dots[i];
                     } else {
-                        p.gate_partials[int64_t{tile.column} * p.num_slots + position] = dots[i];
+                        p.gate_partials[int64_t{tile.column} * p.num_slots + tile.row + row + offset] = dots[i];
                     }
                 }
             }
@@ -304,8 +312,9 @@ class GluBackwardEpilogue {
     const Arguments& p;
     ConsumerWarp<kTile> warp_;
     uint32_t lane_offset_;
-    float gates_[2];  // of the lane's rows
-    int lent_ = -1;   // the stage that the last stores are from, unless it is released
+    int32_t slots_[2], next_slots_[2];  // of the lane's rows, in this tile and the next
+    float gates_[2];
+    int lent_ = -1;  // the stage that the last stores are from, unless it is released
 };
 
 }  // namespace scattermoe::kernels::sm90

@@ -168,7 +168,6 @@ struct GroupedGemm {
             uint32_t turn = Ring::first_turn(consumer);
             if (consumer == 1) at.advance(p.k_blocks);
             for (int i = consumer; queue.tile(i, tile); i += kConsumers) {
-                epilogue.begin(tile);
                 ring.wait_turn(consumer, turn);
                 if (Epilogue::kCrowded || tile.rows > kShape.m / 2) {
                     Loop::run(sums, ring, at, shared, consumer, p.k_blocks, prepare, pass_turn);
@@ -182,10 +181,14 @@ struct GroupedGemm {
         } else {
             int i = 0;
             bool more = queue.tile(i, tile);
+            if (more) epilogue.look_ahead(tile);
             while (more) {
                 OutputTile next;
-                const auto seek_next = [&] { more = queue.tile(++i, next); };
-                epilogue.begin(tile);
+                const auto seek_next = [&] {
+                    more = queue.tile(++i, next);
+                    if (more) epilogue.look_ahead(next);
+                };
+                epilogue.begin();
                 if (consumer * (kShape.m / kConsumers) >= tile.rows) {
                     if constexpr (Epilogue::kHasInput) {
                         epilogue.settle(ring);
