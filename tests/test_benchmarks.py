@@ -94,9 +94,9 @@ def test_cut_search():
 
     from peers.tuning import cut_search
 
-    tuner = SimpleNamespace(configs=[1, 2, 3], _do_bench=None)
+    tuner = SimpleNamespace(configs=[1, 2, 3], cache_results=True, _do_bench=None)
     cut_search(tuner, lambda config: config > 1)
-    assert tuner.configs == [2, 3] and tuner._do_bench.keywords["rep"] < 100
+    assert tuner.configs == [2, 3] and tuner._do_bench.keywords["rep"] < 100 and not tuner.cache_results
     cut_search(tuner, lambda config: config > 9)
     assert tuner.configs == [2, 3]
 
