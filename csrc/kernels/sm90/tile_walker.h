@@ -1,7 +1,7 @@
 #pragma once
 
-// Which tiles a block computes: numbers blockIdx.x, blockIdx.x + gridDim.x, ... in an order that every role of the
-// block follows for itself.
+// Which tile a number stands for: what each of the producer's warps finds out for itself, and the consumers read from
+// the queue (tile_queue.h).
 
 #include <cuda_runtime.h>
 
@@ -60,7 +60,7 @@ class TileWalker {
         const int owner = __popc(__ballot_sync(kFullWarp, tiles_ <= number));
         const int end_tile = __shfl_sync(kFullWarp, tiles_, owner);
         tile.expert = window_ + owner;
-        // Read again rather than held: the consumers have no register to spare.
+        // Read again rather than held: who gathers has no register to spare.
         const int32_t begin = __ldg(expert_offsets_ + tile.expert), end = __ldg(expert_offsets_ + tile.expert + 1);
         const int tiles_m = row_tiles(begin, end);
         const TileIndex index = banded_order(number - (end_tile - tiles_m * tiles_n_), tiles_m, tiles_n_, by_tiles_n_);
