@@ -278,6 +278,52 @@ def test_tiles_of_the_fused_mlp(dtype: torch.dtype, hidden: int, width: int, act
         )
 
 
+# A block goes from tile to tile, and stores one between the products of the next, which may have fewer than that takes.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("hidden, width", [(64, 192), (256, 640), (520, 136), (1024, 512)])
+def test_many_tiles_of_a_block(dtype: torch.dtype, hidden: int, width: int) -> None:
+    tokens, at_once, experts = 40 * 512, 512, 3
+    x, grad = make((tokens, hidden), dtype, 1).to(CUDA), make((tokens, hidden), dtype, 2).to(CUDA)
+    w_up = make((experts, 2 * width, hidden), dtype, 3).to(CUDA)
+    w_down = make((experts, hidden, width), dtype, 4).to(CUDA)
+    ids, gates = make_ids(tokens, 1, experts, "uniform", 5).to(CUDA), torch.rand(tokens, 1, device=CUDA)
+
+    def results(part: slice) -> list[Tensor]:
+        leaves = [t[part].detach().requires_grad_() for t in (x, gates)]
+        routing = scattermoe.route(ids[part], experts)
+        y = scattermoe.moe_mlp(leaves[0], w_up, w_down, leaves[1], routing)
+        rows = scattermoe.parallel_linear(x[part], w_up, routing)
+        return [rows, y, *torch.autograd.grad(y, leaves, grad[part])]
+
+    parts = [results(slice(first, first + at_once)) for first in range(0, tokens, at_once)]
+    with poisoned_memory() as poison:
+        poison()
+        found = results(slice(None))
+    # A row's sums are added up in the same order, whichever tile it is in.
+    assert_same(found, [torch.cat(values) for values in zip(*parts, strict=True)])
+
+
+# A kernel may begin before the one ahead of it has ended: it must not read yet what that one writes.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weight_gradient_right_behind_its_routing(dtype: torch.dtype) -> None:
+    tokens, top_k, experts = 4096, 4, 16
+    x, grad = make((tokens, 64), dtype, 1).to(CUDA), make((tokens * top_k, 128), dtype, 2).to(CUDA)
+    weight = make((experts, 128, 64), dtype, 3).to(CUDA)
+    all_ids = [make_ids(tokens, top_k, experts, routing, n).to(CUDA) for n in range(3) for routing in ROUTINGS]
+
+    def gradient(ids: Tensor, wait: bool) -> Tensor:
+        routing = scattermoe.route(ids, experts)
+        if wait:
+            torch.cuda.synchronize()
+        of = torch.ops.scattermoe._parallel_linear_backward(
+            grad, x, weight, routing.slot_order, routing.expert_offsets, top_k, False, True, None, [False, True, False]
+        )
+        return of[1]
+
+    expected = [gradient(ids, wait=True) for ids in all_ids]
+    assert_same([gradient(ids, wait=False) for ids in all_ids], expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset", [1, 2, 3, 4, 7])
 def test_misaligned_storage(dtype: torch.dtype, offset: int) -> None:

@@ -3,6 +3,7 @@
 #include "combine.h"
 
 #include "combine_device.h"
+#include "dependent_launch.h"
 #include "dispatch.h"
 #include "fast_divider.h"
 #include "vector.h"
@@ -13,6 +14,7 @@ namespace {
 
 template <typename T, bool kAligned, int kRowsInFlight>
 __global__ void __launch_bounds__(kRowBlockThreads) combine_kernel(const CombineParams p) {
+    begin_dependent();
     const int64_t token = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
     if (token >= p.num_tokens) return;
     combine_token<T, kAligned, kRowsInFlight, /*kPlain=*/false>(p, token, threadIdx.x, blockDim.x);
@@ -23,8 +25,7 @@ cudaError_t launch_combine(const CombineParams& p, cudaStream_t stream) {
     return with_rows_in_flight(p.top_k, [&](auto rows_in_flight) {
         const dim3 block = row_block(ceil_div(p.hidden, kVectorSize<T, kAligned>));
         const auto grid = static_cast<unsigned>(ceil_div(p.num_tokens, block.y));
-        combine_kernel<T, kAligned, rows_in_flight.value><<<grid, block, 0, stream>>>(p);
-        return cudaGetLastError();
+        return launch_dependent(combine_kernel<T, kAligned, rows_in_flight.value>, grid, block, 0, stream, p);
     });
 }
 

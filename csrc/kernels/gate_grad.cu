@@ -1,5 +1,6 @@
 #include "gate_grad.h"
 
+#include "dependent_launch.h"
 #include "dispatch.h"
 #include "expert_offsets.h"
 #include "fast_divider.h"
@@ -10,6 +11,7 @@ namespace scattermoe::kernels {
 namespace {
 
 __global__ void __launch_bounds__(kRowBlockThreads) gate_grad_kernel(const GateGradParams p) {
+    begin_dependent();
     const int64_t position = int64_t{blockIdx.x} * kRowBlockThreads + threadIdx.x;
     if (position >= p.num_slots) return;
     float sum = 0.0f;
@@ -47,9 +49,8 @@ __global__ void __launch_bounds__(kRowBlockThreads)
 cudaError_t gate_grad(const GateGradParams& p, cudaStream_t stream) {
     if (p.num_slots == 0) return cudaSuccess;
     if (p.bias == nullptr) {
-        gate_grad_kernel<<<static_cast<unsigned>(ceil_div(p.num_slots, kRowBlockThreads)), kRowBlockThreads, 0,
-                           stream>>>(p);
-        return cudaGetLastError();
+        return launch_dependent(gate_grad_kernel, static_cast<unsigned>(ceil_div(p.num_slots, kRowBlockThreads)),
+                                kRowBlockThreads, 0, stream, p);
     }
     return dispatch_dtype(p.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;

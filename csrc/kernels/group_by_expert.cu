@@ -12,6 +12,7 @@
 
 #include <algorithm>
 
+#include "dependent_launch.h"
 #include "select.h"
 #include "types.h"
 #include "vector.h"
@@ -72,6 +73,7 @@ template <typename Id>
 __global__ void count_kernel(const Id* ids, int64_t num_slots, int64_t chunk, int num_experts, bool shared_counters,
                              int32_t* counts) {
     extern __shared__ int32_t shared_counts[];
+    begin_dependent();
     const int buckets = num_experts + 1;
     int32_t* const out = counts + int64_t{blockIdx.x} * buckets;
     int32_t* const local = shared_counters ? shared_counts : out;
@@ -97,6 +99,7 @@ __global__ void count_kernel(const Id* ids, int64_t num_slots, int64_t chunk, in
 // counts[chunk][bucket] becomes the sum over the chunks before; totals[bucket] the sum over all.
 __global__ void prefix_kernel(int32_t* counts, int chunks, int buckets, int32_t* totals) {
     __shared__ int32_t sums[kPrefixSegments][kPrefixBuckets + 1];
+    begin_dependent();
     const int bucket = blockIdx.x * kPrefixBuckets + threadIdx.x;
     const int first = threadIdx.y * kChunksPerSegment;
     int32_t values[kChunksPerSegment];
@@ -151,6 +154,7 @@ __global__ void rank_kernel(const Id* ids, int64_t num_slots, int64_t chunk, int
                             const int32_t* totals, int32_t* global_counters, int32_t* slot_order,
                             int32_t* slot_position, int32_t* expert_offsets) {
     extern __shared__ int32_t shared_counters[];
+    begin_dependent();
     const int buckets = num_experts + 1;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
     const bool alone = prefixes == nullptr;
@@ -235,11 +239,12 @@ cudaError_t launch(const GroupByExpertParams& p, const Plan& plan, cudaStream_t 
                 cudaFuncSetAttribute(count_kernel<Id>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBudget);
             if (error != cudaSuccess) return error;
         }
-        count_kernel<Id><<<plan.blocks, threads, shared, stream>>>(ids, p.num_slots, plan.chunk, p.num_experts,
-                                                                   plan.shared_counters, counts);
-        prefix_kernel<<<static_cast<unsigned>(ceil_div(buckets, kPrefixBuckets)), dim3(kPrefixBuckets, kPrefixSegments),
-                        0, stream>>>(counts, plan.blocks, buckets, totals);
-        const cudaError_t error = cudaGetLastError();
+        cudaError_t error = launch_dependent(count_kernel<Id>, plan.blocks, threads, shared, stream, ids, p.num_slots,
+                                             plan.chunk, p.num_experts, plan.shared_counters, counts);
+        if (error != cudaSuccess) return error;
+        error =
+            launch_dependent(prefix_kernel, static_cast<unsigned>(ceil_div(buckets, kPrefixBuckets)),
+                             dim3(kPrefixBuckets, kPrefixSegments), 0, stream, counts, plan.blocks, buckets, totals);
         if (error != cudaSuccess) return error;
     }
     const size_t shared =
@@ -249,10 +254,9 @@ cudaError_t launch(const GroupByExpertParams& p, const Plan& plan, cudaStream_t 
             cudaFuncSetAttribute(rank_kernel<Id>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBudget);
         if (error != cudaSuccess) return error;
     }
-    rank_kernel<Id><<<plan.blocks, threads, shared, stream>>>(
-        ids, p.num_slots, plan.chunk, p.num_experts, alone ? nullptr : counts, totals,
-        plan.shared_counters ? nullptr : counters, p.slot_order, p.slot_position, p.expert_offsets);
-    return cudaGetLastError();
+    return launch_dependent(rank_kernel<Id>, plan.blocks, threads, shared, stream, ids, p.num_slots, plan.chunk,
+                            p.num_experts, alone ? nullptr : counts, totals, plan.shared_counters ? nullptr : counters,
+                            p.slot_order, p.slot_position, p.expert_offsets);
 }
 
 }  // namespace

@@ -72,6 +72,8 @@ struct WeightGradParams {
     int64_t out_expert_stride = 0;
     int64_t out_stride = 0;
     const int32_t* expert_offsets = nullptr;  // [E + 1]
+    // Whether a kernel was launched since the one that wrote the offsets: they can be read while it still runs.
+    bool offsets_are_old = false;
     int32_t num_experts = 0;
     int32_t num_slots = 0;
     int32_t m = 0;

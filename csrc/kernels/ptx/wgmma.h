@@ -34,11 +34,14 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // Where an operand lies in shared memory, in the layout that TMA writes with 128-byte swizzle: atoms of eight rows of
 // 128 bytes, `stride_bytes` from one to the next; along the other direction, atoms `leading_bytes` apart (unused where
-// one row of atoms covers the contraction). Addresses count 16 bytes, so adding bytes / 16 moves the operand.
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared, uint32_t leading_bytes, uint32_t stride_bytes) {
-    constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-    return uint64_t{(shared & 0x3ffff) >> 4} | uint64_t{leading_bytes >> 4} << 16 | uint64_t{stride_bytes >> 4} << 32 |
-           kSwizzle128;
+// one row of atoms covers the contraction). Addresses count 16 bytes, so adding bytes / 16 to the low word moves the
+// operand. The high word is a constant; apart, so that nobody adds up 64 bits between two products.
+constexpr uint32_t wgmma_descriptor_high(uint32_t stride_bytes) {
+    constexpr uint32_t kSwizzle128 = uint32_t{1} << 30;
+    return stride_bytes >> 4 | kSwizzle128;
+}
+__device__ __forceinline__ uint32_t wgmma_descriptor_low(uint32_t shared, uint32_t leading_bytes) {
+    return (shared & 0x3ffff) >> 4 | (leading_bytes >> 4) << 16;
 }
 
 // Inline assembly wants every register by name, so these lists are spelt out; the widths there are differ in their
@@ -66,35 +69,36 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared, uint32_t l
 // clang-format on
 
 // N, the element type, the list of D's registers and the numbers of the operands after them.
-#define SCATTERMOE_WGMMA(N, TYPE, REGISTERS, A, B, ACCUMULATE, MAJOR_A, MAJOR_B, ...)                              \
-    asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #ACCUMULATE                                \
-                 ", 0;\n"                                                                                          \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, %" #A ", %" #B \
-                 ", accumulate, 1, 1, %" #MAJOR_A ", %" #MAJOR_B ";\n}\n"                                          \
-                 : __VA_ARGS__                                                                                     \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kMajorA == Major::kMn ? 1 : 0),          \
-                   "n"(kMajorB == Major::kMn ? 1 : 0))
+#define SCATTERMOE_WGMMA(N, TYPE, REGISTERS, A, B, ACCUMULATE, MAJOR_A, MAJOR_B, HIGH_A, HIGH_B, ...)     \
+    asm volatile("{\n.reg .pred accumulate;\n.reg .b64 a, b;\nsetp.ne.b32 accumulate, %" #ACCUMULATE      \
+                 ", 0;\nmov.b64 a, {%" #A ", %" #HIGH_A "};\nmov.b64 b, {%" #B ", %" #HIGH_B              \
+                 "};\n"                                                                                   \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS           \
+                 "}, a, b, accumulate, 1, 1, %" #MAJOR_A ", %" #MAJOR_B ";\n}\n"                          \
+                 : __VA_ARGS__                                                                            \
+                 : "r"(a), "r"(b), "r"(static_cast<int>(accumulate)), "n"(kMajorA == Major::kMn ? 1 : 0), \
+                   "n"(kMajorB == Major::kMn ? 1 : 0), "n"(kHighA), "n"(kHighB))
 
-// d = a b^T, added to d where `accumulate`.
-template <typename Element, Major kMajorA, Major kMajorB, int kN>
-__device__ __forceinline__ void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
+// d = a b^T, added to d where `accumulate`. a and b are the low words of their descriptors.
+template <typename Element, Major kMajorA, Major kMajorB, uint32_t kHighA, uint32_t kHighB, int kN>
+__device__ __forceinline__ void wgmma(float (&d)[kN / 2], uint32_t a, uint32_t b, bool accumulate) {
     static_assert(kN == 128 || kN == 192 || kN == 256);
     if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
         if constexpr (kN == 128) {
-            SCATTERMOE_WGMMA(128, "bf16", SCATTERMOE_R64, 64, 65, 66, 67, 68, SCATTERMOE_D64);
+            SCATTERMOE_WGMMA(128, "bf16", SCATTERMOE_R64, 64, 65, 66, 67, 68, 69, 70, SCATTERMOE_D64);
         } else if constexpr (kN == 192) {
-            SCATTERMOE_WGMMA(192, "bf16", SCATTERMOE_R96, 96, 97, 98, 99, 100, SCATTERMOE_D96);
+            SCATTERMOE_WGMMA(192, "bf16", SCATTERMOE_R96, 96, 97, 98, 99, 100, 101, 102, SCATTERMOE_D96);
         } else {
-            SCATTERMOE_WGMMA(256, "bf16", SCATTERMOE_R128, 128, 129, 130, 131, 132, SCATTERMOE_D128);
+            SCATTERMOE_WGMMA(256, "bf16", SCATTERMOE_R128, 128, 129, 130, 131, 132, 133, 134, SCATTERMOE_D128);
         }
     } else {
         static_assert(std::is_same_v<Element, __half>);
         if constexpr (kN == 128) {
-            SCATTERMOE_WGMMA(128, "f16", SCATTERMOE_R64, 64, 65, 66, 67, 68, SCATTERMOE_D64);
+            SCATTERMOE_WGMMA(128, "f16", SCATTERMOE_R64, 64, 65, 66, 67, 68, 69, 70, SCATTERMOE_D64);
         } else if constexpr (kN == 192) {
-            SCATTERMOE_WGMMA(192, "f16", SCATTERMOE_R96, 96, 97, 98, 99, 100, SCATTERMOE_D96);
+            SCATTERMOE_WGMMA(192, "f16", SCATTERMOE_R96, 96, 97, 98, 99, 100, 101, 102, SCATTERMOE_D96);
         } else {
-            SCATTERMOE_WGMMA(256, "f16", SCATTERMOE_R128, 128, 129, 130, 131, 132, SCATTERMOE_D128);
+            SCATTERMOE_WGMMA(256, "f16", SCATTERMOE_R128, 128, 129, 130, 131, 132, 133, 134, SCATTERMOE_D128);
         }
     }
 }

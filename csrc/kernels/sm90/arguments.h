@@ -132,6 +132,7 @@ struct WeightGradArguments {
     CUtensorMap out_map;    // [E, m, n]
     GatheredMatrix gathered;
     const int32_t* expert_offsets;
+    bool offsets_are_old;  // as in WeightGradParams
     int num_experts;
     int tiles_m;
     int tiles_n;

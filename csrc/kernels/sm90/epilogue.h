@@ -1,6 +1,7 @@
 #pragma once
 
-// What epilogues have in common, and those that write a tile as it is, with a bias, or the activation of it too.
+// What epilogues have in common, and those that write a tile as it is, with a bias, or the activation of it too. Those
+// of paired tiles hold what they can, and store it between the next tile's products (held_sums.h).
 
 #include <cuda_runtime.h>
 
@@ -8,6 +9,7 @@
 
 #include "../activation.h"
 #include "../grouped_gemm.h"
+#include "held_sums.h"
 #include "staged_store.h"
 #include "tile_walker.h"
 
@@ -91,22 +93,43 @@ class StoreEpilogue : public NoInput {
 
   public:
     using Arguments = StoreArguments;
+    static constexpr bool kHolds = kShape.paired;
     static constexpr int kHalves = 1;
     static constexpr bool kCrowded = false;
 
     __device__ __forceinline__ StoreEpilogue(const Arguments& arguments, uint32_t staging)
         : arguments_(arguments), store_(warp_.staging(staging)) {}
 
+    // Holds a finished tile for store_next(), if that is done with what it held before; false if it must be stored at
+    // once: where the copy engine cannot, because rows are not all the expert's, or scattered.
     template <typename Sums>
-    __device__ __forceinline__ void run(Sums& sums, const OutputTile& tile) {
+    __device__ __forceinline__ bool hold(Sums& sums, const OutputTile& tile) {
+        static_assert(kShape.consumer_blocks() == 1);
+        const int row = warp_.row(0);
+        if (tile.rows - row < 16 || arguments_.rows.slot_order != nullptr) return false;
+        add_biases(sums, tile);
+        held_.hold(sums[0]);
+        row_ = tile.row + row;
+        column_ = tile.column * kShape.n;
+        steps_.begin(min(kParts, (arguments_.columns - column_ + 63) / 64));
+        return true;
+    }
+
+    // A step of what is held; false where nothing is left.
+    __device__ __forceinline__ bool store_next() {
+        return steps_.next([&](int part) { store_.send(arguments_.out_map, column_ + part * 64, 0, row_); },
+                           [&](int part) {
+                               with_constant<kParts>(part, [&]<int kPart>() {
+                                   store_.stage([&](int j) { return held_.block(kPart * 8 + j); });
+                               });
+                           });
+    }
+
+    // Stores a finished tile.
+    template <typename Sums>
+    __device__ __forceinline__ void store(Sums& sums, const OutputTile& tile) {
         const int first_column = tile.column * kShape.n;
-        if (arguments_.bias != nullptr) {
-            const Element* const bias =
-                static_cast<const Element*>(arguments_.bias) + int64_t{tile.expert} * arguments_.columns;
-            add_bias(sums, [&](int j) {
-                return load_pair(bias, first_column + 8 * j + warp_.lane % 4 * 2, arguments_.columns);
-            });
-        }
+        add_biases(sums, tile);
         const StoreTarget target{&arguments_.out_map, arguments_.out, arguments_.stride, 0, arguments_.columns};
 #pragma unroll
         for (int block = 0; block < kShape.consumer_blocks(); ++block) {
@@ -115,7 +138,7 @@ class StoreEpilogue : public NoInput {
             const WarpRows rows(arguments_.rows, tile.row + row, tile.rows - row);
             const float (&s)[kShape.n / 2] = sums[block];
 #pragma unroll
-            for (int part = 0; part < kShape.n / 64; ++part) {
+            for (int part = 0; part < kParts; ++part) {
                 const int column = first_column + part * 64;
                 if (column >= arguments_.columns) break;
                 store_.stage([&](int j) {
@@ -134,9 +157,23 @@ class StoreEpilogue : public NoInput {
     }
 
   private:
+    static constexpr int kParts = kShape.n / 64;
+
+    template <typename Sums>
+    __device__ __forceinline__ void add_biases(Sums& sums, const OutputTile& tile) const {
+        if (arguments_.bias == nullptr) return;
+        const Element* const bias =
+            static_cast<const Element*>(arguments_.bias) + int64_t{tile.expert} * arguments_.columns;
+        const int column = tile.column * kShape.n + warp_.lane % 4 * 2;
+        add_bias(sums, [&](int j) { return load_pair(bias, column + 8 * j, arguments_.columns); });
+    }
+
     const Arguments& arguments_;
     ConsumerWarp<kTile> warp_;
     Store store_;
+    HeldSums<Element, kShape.n / 2> held_;
+    HeldSteps steps_;
+    int row_, column_;  // of what is held
 };
 
 template <typename Element, Tile kTile, Activation kActivation>
@@ -150,16 +187,51 @@ class GluEpilogue : public NoInput {
 
   public:
     using Arguments = GluArguments;
+    static constexpr bool kHolds = kShape.paired;
     static constexpr int kHalves = 2;
     static constexpr bool kCrowded = !has_room_for_glu(kTile);
 
     __device__ __forceinline__ GluEpilogue(const Arguments& arguments, uint32_t staging)
         : arguments_(arguments), store_(warp_.staging(staging)) {}
 
+    // As above. The activation is computed and stored at once, z is held.
     template <typename Sums>
-    __device__ __forceinline__ void run(Sums& sums, const OutputTile& tile) {
+    __device__ __forceinline__ bool hold(Sums& sums, const OutputTile& tile) {
+        static_assert(kShape.consumer_blocks() == 1);
+        const int row = warp_.row(0), first_column = tile.column * kHalf, width = arguments_.width;
+        if (tile.rows - row < 16 || arguments_.z.pointer == nullptr || arguments_.layout == GluLayout::kInterleaved)
+            return false;
+        add_glu_bias(sums, tile, first_column);
+        row_ = tile.row + row;
+        column_ = first_column;
+        const int parts = min(kParts, (width - column_ + kPart - 1) / kPart);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+            if (part >= parts) break;
+            stage_hidden(sums[0], part);
+            store_.send(arguments_.hidden_map, column_ + part * kPart, 0, row_);
+        }
+        held_.hold(sums[0]);
+        steps_.begin(2 * parts);
+        return true;
+    }
+
+    __device__ __forceinline__ bool store_next() {
+        const int gate_half = arguments_.layout == GluLayout::kUpGate ? 1 : 0;
+        return steps_.next(
+            [&](int step) { store_.send(arguments_.z.map, column_ + step / 2 * kPart, gate_half ^ step % 2, row_); },
+            [&](int step) {
+                with_constant<2 * kParts>(step, [&]<int kStep>() {
+                    constexpr int kFirst = kStep % 2 * (kHalf / 8) + kStep / 2 * (kPart / 8);
+                    store_.stage([&](int j) { return held_.block(kFirst + j); });
+                });
+            });
+    }
+
+    template <typename Sums>
+    __device__ __forceinline__ void store(Sums& sums, const OutputTile& tile) {
         const int first_column = tile.column * kHalf, width = arguments_.width;
-        if (!kCrowded && arguments_.bias != nullptr) add_glu_bias(sums, tile, first_column);
+        add_glu_bias(sums, tile, first_column);
         const StoreTarget z = arguments_.z.target(arguments_.layout, width);
         const StoreTarget hidden{&arguments_.hidden_map, arguments_.hidden, width, 0, width};
         const bool wants_z = arguments_.z.pointer != nullptr;
@@ -175,7 +247,7 @@ class GluEpilogue : public NoInput {
                 return make_uint2(pack<Element>(s[i], s[i + 1]), pack<Element>(s[i + 2], s[i + 3]));
             };
 #pragma unroll
-            for (int part = 0; part < kHalf / kPart; ++part) {
+            for (int part = 0; part < kParts; ++part) {
                 const int column = first_column + part * kPart;
                 if (column >= width) break;
                 const auto gate = [&](int j) { return packed((part * kPart / 8 + j) * 4); };
@@ -193,12 +265,7 @@ class GluEpilogue : public NoInput {
                         store_.send(z, rows, 0, 2 * column + side * kPart);
                     }
                 }
-                store_.stage([&](int j) {
-                    const int i = (part * kPart / 8 + j) * 4;
-                    return make_uint2(
-                        pack<Element>(activate(s[i], s[kUp + i]), activate(s[i + 1], s[kUp + i + 1])),
-                        pack<Element>(activate(s[i + 2], s[kUp + i + 2]), activate(s[i + 3], s[kUp + i + 3])));
-                });
+                stage_hidden(s, part);
                 store_.send(hidden, rows, 0, column);
             }
         }
@@ -216,12 +283,23 @@ class GluEpilogue : public NoInput {
     }
 
   private:
+    static constexpr int kParts = kHalf / kPart;
+
+    __device__ __forceinline__ void stage_hidden(const float (&s)[kShape.n / 2], int part) {
+        store_.stage([&](int j) {
+            const int i = (part * kPart / 8 + j) * 4;
+            return make_uint2(pack<Element>(activate(s[i], s[kUp + i]), activate(s[i + 1], s[kUp + i + 1])),
+                              pack<Element>(activate(s[i + 2], s[kUp + i + 2]), activate(s[i + 3], s[kUp + i + 3])));
+        });
+    }
+
     __device__ __forceinline__ float activate(float gate, float up) const {
         return gated_activation<kActivation, float>(gate, up, arguments_.alpha, arguments_.limit).h;
     }
 
     template <typename Sums>
-    __device__ __forceinline__ void add_glu_bias(Sums& sums, const OutputTile& tile, int first_column) {
+    __device__ __forceinline__ void add_glu_bias(Sums& sums, const OutputTile& tile, int first_column) const {
+        if (kCrowded || arguments_.bias == nullptr) return;
         const int width = arguments_.width;
         const Element* const bias = static_cast<const Element*>(arguments_.bias) + int64_t{tile.expert} * 2 * width;
         const int column = first_column + warp_.lane % 4 * 2;
@@ -241,6 +319,9 @@ class GluEpilogue : public NoInput {
     const Arguments& arguments_;
     ConsumerWarp<kTile> warp_;
     Store store_;
+    HeldSums<Element, kShape.n / 2> held_;
+    HeldSteps steps_;
+    int row_, column_;  // of what is held
 };
 
 }  // namespace scattermoe::kernels::sm90

@@ -39,7 +39,7 @@ class GluBackwardEpilogue {
   public:
     using Arguments = GluBackwardArguments;
     static constexpr int kHalves = 1;
-    static constexpr bool kCrowded = false, kHasInput = true;
+    static constexpr bool kCrowded = false, kHasInput = true, kHolds = false;
 
     // ---- The producer's side ----
 

@@ -304,6 +304,7 @@ cudaError_t weight_grad(const WeightGradParams& p, Tile tile, cudaStream_t strea
     a.gathered = side == GatheredSide::kLeft ? gathered_matrix(p.left, p.left_stride, p.m, p.left_rows)
                                              : gathered_matrix(p.right, p.right_stride, p.n, p.right_rows);
     a.expert_offsets = p.expert_offsets;
+    a.offsets_are_old = p.offsets_are_old;
     a.num_experts = p.num_experts;
     a.m = transposed ? p.n : p.m;
     a.n = transposed ? p.m : p.n;

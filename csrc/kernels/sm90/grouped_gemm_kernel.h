@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../dependent_launch.h"
 #include "../ptx/elect.h"
 #include "../ptx/fence.h"
 #include "../ptx/setmaxnreg.h"
@@ -160,25 +161,35 @@ struct GroupedGemm {
                 if (k_block == 0) epilogue.settle(ring);
             }
         };
+        const auto store_rest = [&] {
+            if constexpr (Epilogue::kHolds) {
+                while (epilogue.store_next()) {
+                }
+            }
+        };
         typename Loop::Sums sums;
         OutputTile tile;
         // An expert's last tile may have no rows in its second half.
         if constexpr (kShape.ping_pong) {
+            const auto meanwhile = [] {};
             const auto pass_turn = [&] { ring.pass_turn(consumer, lane); };
             uint32_t turn = Ring::first_turn(consumer);
             if (consumer == 1) at.advance(p.k_blocks);
             for (int i = consumer; queue.tile(i, tile); i += kConsumers) {
                 ring.wait_turn(consumer, turn);
                 if (Epilogue::kCrowded || tile.rows > kShape.m / 2) {
-                    Loop::run(sums, ring, at, shared, consumer, p.k_blocks, prepare, pass_turn);
+                    Loop::run(sums, ring, at, shared, consumer, p.k_blocks, prepare, meanwhile, pass_turn);
                 } else {
                     Loop::template run<Loop::kBlocks / 2>(sums, ring, at, shared, consumer, p.k_blocks, prepare,
-                                                          pass_turn);
+                                                          meanwhile, pass_turn);
                 }
-                epilogue.run(sums, tile);
+                epilogue.store(sums, tile);
                 at.advance(p.k_blocks);  // the other's tile
             }
         } else {
+            const auto meanwhile = [&] {
+                if constexpr (Epilogue::kHolds) epilogue.store_next();
+            };
             int i = 0;
             bool more = queue.tile(i, tile);
             if (more) epilogue.look_ahead(tile);
@@ -199,21 +210,27 @@ struct GroupedGemm {
                     seek_next();
                 } else if constexpr (Epilogue::kHasInput) {
                     if (Epilogue::columns(p.epilogue, tile) > kShape.n / 2) {
-                        Loop::run(sums, ring, at, shared, consumer, p.k_blocks, prepare, seek_next);
+                        Loop::run(sums, ring, at, shared, consumer, p.k_blocks, prepare, meanwhile, seek_next);
                         epilogue.template run<kShape.n>(sums, tile, ring, at, shared);
                     } else {
                         // Sums of their own: where two loops have the same, ptxas waits for every product.
                         typename Loop::Sums half;
                         Loop::template run<Loop::kBlocks, kShape.n / 2>(half, ring, at, shared, consumer, p.k_blocks,
-                                                                        prepare, seek_next);
+                                                                        prepare, meanwhile, seek_next);
                         epilogue.template run<kShape.n / 2>(half, tile, ring, at, shared);
                     }
                 } else {
-                    Loop::run(sums, ring, at, shared, consumer, p.k_blocks, prepare, seek_next);
-                    epilogue.run(sums, tile);
+                    Loop::run(sums, ring, at, shared, consumer, p.k_blocks, prepare, meanwhile, seek_next);
+                    store_rest();
+                    if constexpr (Epilogue::kHolds) {
+                        if (!epilogue.hold(sums, tile)) epilogue.store(sums, tile);
+                    } else {
+                        epilogue.store(sums, tile);
+                    }
                 }
                 tile = next;
             }
+            store_rest();
         }
         epilogue.finish(__ldg(p.expert_offsets + p.num_experts), p.num_slots);
     }
@@ -233,6 +250,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         queue.init();
     }
     sync_block<kTile>();
+    begin_dependent();
     if (threadIdx.x < kWarpgroupThreads) {
         ptx::setmaxnreg_decrease<kBudget.producer>();
         if constexpr (Gemm::kGathers) {

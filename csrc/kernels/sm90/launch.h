@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../dependent_launch.h"
 #include "../device.h"
 #include "../dispatch.h"
 #include "epilogue.h"
@@ -49,16 +50,19 @@ cudaError_t launch_persistent(void (*kernel)(Arguments), OncePerDevice& shared_a
     // Tile numbers run past the last by some grids.
     if (tiles > INT32_MAX - 4 * device.multiprocessors) return cudaErrorInvalidConfiguration;
     const int64_t clusters = std::clamp<int64_t>(tiles, 1, std::max(device.multiprocessors / cluster, 1));
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    cudaLaunchAttribute attributes[2]{};
+    unsigned count = set_dependent(attributes[0], device) ? 1 : 0;
+    if (cluster > 1) {
+        attributes[count].id = cudaLaunchAttributeClusterDimension;
+        attributes[count++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = static_cast<unsigned>(clusters * cluster);
     config.blockDim = static_cast<unsigned>(threads);
     config.dynamicSmemBytes = static_cast<size_t>(shared);
     config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = cluster > 1 ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = count;
     return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 

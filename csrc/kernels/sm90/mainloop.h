@@ -24,8 +24,9 @@ struct StageOperand {
     static constexpr uint32_t kNextBlock = kBlockBytes / 16;
     static constexpr uint32_t kNext16 = (kMajor == Major::kK ? 32 : 16 * 128) / 16;  // of the contraction
 
-    __device__ __forceinline__ static uint64_t descriptor(uint32_t shared) {
-        return ptx::wgmma_descriptor(shared, kLeadingBytes, kAtomBytes);
+    static constexpr uint32_t kHigh = ptx::wgmma_descriptor_high(kAtomBytes);
+    __device__ __forceinline__ static uint32_t descriptor(uint32_t shared) {
+        return ptx::wgmma_descriptor_low(shared, kLeadingBytes);
     }
 };
 
@@ -44,22 +45,26 @@ struct Mainloop {
     using Sums = float[kBlocks][kShape.n / 2];
 
     // Sums of a tile over its k_blocks > 0 stages. prepare(k_block, stage) runs between a stage's arrival and its
-    // products, before_drain() when the last products have been issued but not finished. The first stage is not part of
-    // the loop: an `if` around the wait in there would make ptxas wait for every product at once.
+    // products, meanwhile() when those of any but the first have been issued, before_drain() when the last have
+    // been, and are not finished. The first stage is not part of the loop: an `if` around the wait in there would make
+    // ptxas wait for every product at once.
     // kActive: how many of the warpgroup's blocks of 64 rows are multiplied, kWidth: how many columns.
-    template <int kActive = kBlocks, int kWidth = kShape.n, typename Prepare, typename BeforeDrain>
+    template <int kActive = kBlocks, int kWidth = kShape.n, typename Prepare, typename Meanwhile, typename BeforeDrain>
     __device__ __forceinline__ static void run(Sums& sums, const Ring& ring, Position& at, uint32_t shared,
-                                               int consumer, int k_blocks, Prepare&& prepare,
+                                               int consumer, int k_blocks, Prepare&& prepare, Meanwhile&& meanwhile,
                                                BeforeDrain&& before_drain) {
         const int lane = threadIdx.x % kWarpSize;
-        const uint32_t a = shared + (kShape.ping_pong ? 0 : consumer * kBlocks * A::kBlockBytes);
-        const uint32_t b = shared + Layout::kB;
+        uint32_t a = A::descriptor(shared + (kShape.ping_pong ? 0 : consumer * kBlocks * A::kBlockBytes));
+        uint32_t b = B::descriptor(shared + Layout::kB);
+        // The compiler would else derive them anew for each stage. A shuffle it cannot repeat.
+        a = __shfl_sync(kFullWarp, a, 0);
+        b = __shfl_sync(kFullWarp, b, 0);
         constexpr int kAtOnce = kWidth < kColumns ? kWidth : kColumns;
         auto multiply = [&](int k_block, bool accumulate) {
             ring.wait_full(at);
             prepare(k_block, at.stage);
-            const uint64_t a_stage = A::descriptor(a + at.stage * kShape.a_bytes());
-            const uint64_t b_stage = B::descriptor(b + at.stage * kShape.b_bytes());
+            const uint32_t a_stage = a + at.stage * (kShape.a_bytes() / 16);
+            const uint32_t b_stage = b + at.stage * (kShape.b_bytes() / 16);
             ptx::wgmma_fence();
 #pragma unroll
             for (int step = 0; step < kStageK / 16; ++step) {
@@ -67,7 +72,7 @@ struct Mainloop {
                 for (int block = 0; block < kActive; ++block) {
 #pragma unroll
                     for (int column = 0; column < kWidth; column += kAtOnce) {
-                        ptx::wgmma<Element, kMajorA, kMajorB, kAtOnce>(
+                        ptx::wgmma<Element, kMajorA, kMajorB, A::kHigh, B::kHigh, kAtOnce>(
                             reinterpret_cast<float (&)[kAtOnce / 2]>(sums[block][column / 2]),
                             a_stage + block * A::kNextBlock + step * A::kNext16,
                             b_stage + column / 64 * B::kNextBlock + step * B::kNext16, accumulate || step > 0);
@@ -87,6 +92,7 @@ struct Mainloop {
             ring.release(previous, lane);
             previous = at.stage;
             at.advance();
+            meanwhile();
         }
         before_drain();
         ptx::wgmma_wait<0>();

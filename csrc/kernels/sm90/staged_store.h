@@ -66,18 +66,22 @@ class StagedStore {
   public:
     static constexpr int kBlocks = kColumns / 8;
 
-    __device__ __forceinline__ explicit StagedStore(uint32_t buffers) : buffers_(buffers) {}
+    __device__ __forceinline__ explicit StagedStore(uint32_t buffers) : buffers_(buffers) {
+        const int lane = threadIdx.x % kWarpSize, row = lane % 16;
+        lane_offset_ = row * kPitch + swizzle(row, lane / 16);
+        asm volatile("" : "+r"(lane_offset_));  // the compiler would else hold all that it is combined with
+    }
 
     // Stages columns given as fragments: fragment(j) -> uint2, columns 8 j + 2 (lane % 4) and the next of row lane / 4
     // and of the row eight below.
     template <typename Fragment>
     __device__ __forceinline__ void stage(Fragment&& fragment) {
         claim();
-        const int lane = threadIdx.x % kWarpSize, row = lane % 16;
+        const uint32_t address = buffer() + lane_offset_;
 #pragma unroll
         for (int j = 0; j < kBlocks; j += 2) {
             const uint2 left = fragment(j), right = fragment(j + 1);
-            ptx::stmatrix_x4(buffer() + row * kPitch + swizzle(row, j + lane / 16), left.x, left.y, right.x, right.y);
+            ptx::stmatrix_x4(address ^ j * kVectorBytes, left.x, left.y, right.x, right.y);
         }
     }
 
@@ -145,7 +149,7 @@ class StagedStore {
 
     // Waits until the buffer's last contents have left.
     __device__ __forceinline__ void claim() {
-        if (ptx::elect()) ptx::tma_store_wait_read<kBuffers - 1>();
+        ptx::tma_store_wait_read<kBuffers - 1>();  // but for one lane there is nothing to wait for
         __syncwarp();
     }
 
@@ -155,6 +159,7 @@ class StagedStore {
     }
 
     uint32_t buffers_;
+    uint32_t lane_offset_;  // in a buffer, of the address that the lane gives for its first two blocks of eight columns
     int index_ = 0;
 };
 

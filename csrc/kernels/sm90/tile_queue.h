@@ -39,7 +39,7 @@ class TileQueue {
     __device__ __forceinline__ void init() const {
         for (int i = 0; i < kQueueEntries; ++i) {
             store(i, own(i), i < kOwn ? i : -1);
-            ptx::store_shared_release(tile_entry(i) + kTileFlag, -1);
+            ptx::store_shared_32(tile_entry(i) + kTileFlag, -1);
         }
     }
 

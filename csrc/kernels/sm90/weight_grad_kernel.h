@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "../combine_device.h"
+#include "../dependent_launch.h"
 #include "../ptx/elect.h"
 #include "../ptx/fence.h"
 #include "../ptx/named_barrier.h"
@@ -341,6 +342,7 @@ struct WeightGrad {
                         const int depth = tile.depth - k_block * kStageK;
                         if (depth < kStageK) zero_tail(shared, stage, depth, warp.consumer);
                     },
+                    /*meanwhile=*/[] {},
                     [&] {
                         if constexpr (kShape.ping_pong) ring.pass_turn(warp.consumer, warp.lane);
                         look_ahead();
@@ -462,12 +464,14 @@ __global__ void __launch_bounds__(block_threads(kVariant == GradVariant::kBeside
     const uint32_t shared = opaque_address(dynamic_shared);
     const typename Grad::Ring ring(shared + Grad::Layout::kBarriers);
     const typename Grad::Queue queue(shared + Grad::Layout::kQueue, p.tile_counter);
+    if (!p.offsets_are_old) begin_dependent();
     const typename Grad::Tiles tiles(p, block_threads(kCombines), shared + shared_bytes(kTile), shared);
     if (threadIdx.x == 0) {
         ring.init(Grad::kGathers ? 1 + kWarpgroupThreads : 1, Grad::kShape.ping_pong);
         queue.init();
     }
     sync_block<kTile>();
+    if (p.offsets_are_old) begin_dependent();
     if (threadIdx.x < kWarpgroupThreads) {
         ptx::setmaxnreg_decrease<kBudget.producer>();
         if constexpr (Grad::kGathers) {

@@ -81,6 +81,7 @@ at::Tensor grouped_product(const char* op, const MappedRows& rows, const Product
     product.params.out_rows = out_map;
     check_launch(op, kernels::grouped_gemm(product.params, current_stream()),
                  {{"rows", product.in}, {"weight", product.weight}, {"out", out}});
+    groups.note_launch();
     return out;
 }
 
@@ -98,6 +99,7 @@ UpProjection up_projection(const char* op, const MappedRows& rows, const Product
     }
     check_launch(op, kernels::up_projection(p, fused, current_stream()),
                  {{"rows", product.in}, {"weight", product.weight}, {"hidden", result.hidden}});
+    groups.note_launch();
     return result;
 }
 
@@ -121,6 +123,7 @@ at::Tensor down_projection_backward(const char* op, const MappedRows& grad_rows,
     }
     check_launch(op, kernels::down_projection_backward(p, fused, current_stream()),
                  {{"grad", product.in}, {"w_down", product.weight}});
+    groups.note_launch();
     return hidden;
 }
 
@@ -214,6 +217,7 @@ void weight_gradient(const char* op, const MappedRows& left, const MappedRows& r
     const MappedRows l{with_contiguous_rows(left.tensor), left.map}, r{with_contiguous_rows(right.tensor), right.map};
     kernels::WeightGradParams p = weight_grad_params(op, l, r, out, groups, allow_tf32);
     p.out = out.mutable_data_ptr();
+    p.offsets_are_old = groups.offsets_are_old();
     if (beside != nullptr) p.beside = &beside->params();
     if (kernels::counts_tiles(p)) p.tile_counter = groups.next_counter();
     check_launch(op, kernels::weight_grad(p, current_stream()),

@@ -24,6 +24,10 @@ struct Groups {
     // A zero for one launch, on the device.
     int32_t* next_counter() const;
 
+    // Whether a kernel was launched since the offsets were written: one of a product of these groups.
+    bool offsets_are_old() const { return launched_; }
+    void note_launch() const { launched_ = true; }
+
     int64_t num_slots() const { return slot_order.size(0); }
     int64_t num_experts() const { return expert_offsets.size(0) - 1; }
 
@@ -34,6 +38,7 @@ struct Groups {
   private:
     mutable at::Tensor counters_;
     mutable int64_t used_counters_ = 0;
+    mutable bool launched_ = false;
 };
 
 // A matrix whose rows belong to grouped positions through a map.
