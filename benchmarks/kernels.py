@@ -7,6 +7,7 @@
 Times are the profiler's, of kernels in steps of forward and backward of the real layer: `scattermoe.explain` says which
 products they are. Steps take turns with the same products as plain batched ones over equal groups (`torch.bmm`, the ceiling of
 `benchmarks/gpu.py`), in the order of the layer; each turn comes after a pause, with a cold second-level cache.
+A kernel that begins while the one before still runs is counted from that one's end.
 """
 
 import argparse
@@ -51,9 +52,15 @@ class Kernel(NamedTuple):
 
 
 def split(kernels: list[Kernel]) -> list[list[Kernel]]:
-    """The kernels between marks, in the order in which they began."""
+    """The kernels between marks, in the order in which they began.
+
+    A kernel may begin while the one before still runs, and wait: its time counts from that one's end.
+    """
     parts: list[list[Kernel]] = []
+    free = 0.0
     for kernel in sorted(kernels, key=lambda kernel: kernel.start):
+        start, end = max(kernel.start, free), kernel.start + kernel.us
+        kernel, free = kernel._replace(start=start, us=max(end - start, 0.0)), max(free, end)
         if MARK in kernel.name:
             parts.append([])
         elif parts:

@@ -112,6 +112,21 @@ class Server:
         self.give_back_memory()
         return {"ms": milliseconds}
 
+    def sustain(self, mode: str, ms: float) -> dict:
+        """Milliseconds of a step among steps that follow each other for so many milliseconds, after some untimed ones."""
+        step = {"train": self.train_step, "inference": self.inference_step}[mode]
+
+        def run(steps: int) -> float:
+            self.synchronize()
+            began = time.perf_counter()
+            for _ in range(steps):
+                step()
+            self.synchronize()
+            return 1e3 * (time.perf_counter() - began) / steps
+
+        steps = max(round(ms / run(2)), 2)
+        return {"ms": run(steps)}
+
     def host(self) -> dict:
         """Microseconds of the host in a step whose work on the GPU is next to nothing, and in PyTorch's least step."""
         kept = self.problem, self.layer

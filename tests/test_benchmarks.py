@@ -209,6 +209,40 @@ def test_without_a_gpu(script, capsys):
     assert error.count("\n") == 1 and "needs a CUDA GPU" in error
 
 
+def test_builds(capsys, tmp_path):
+    """Builds are told apart by their folders, and compared with the first."""
+    import builds
+
+    import scattermoe
+
+    folder = Path(scattermoe.__file__).parents[1]
+    small = ["--device", "cpu", "--dtype", "float32", "--shapes", "64,32,16,4,2", "--rounds", "3", "--ms", "1"]
+    assert builds.main([f"one={folder}", f"other={folder}", *small]) == 0
+    first, second = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert first[:2] == ["64,32,16,4,2", "one"] and first[4:] == ["1.0000", "(1.0000", "to", "1.0000)"]
+    assert second[1] == "other" and float(second[2]) > 0 and float(second[4]) > 0
+    assert builds.line("s", "b", [2.0, 3.0, 8.0], [2.0, 2.0, 4.0]).split()[2:] == [
+        "3.000",
+        "ms",
+        "1.5000",
+        "(1.0000",
+        "to",
+        "2.0000)",
+    ]
+
+    for arguments, message in (
+        ([f"one={tmp_path}"], "holds no built library"),
+        (["one"], "is not NAME=FOLDER"),
+        ([f"one={folder}", f"one={folder}"], "the same name"),
+    ):
+        with pytest.raises(SystemExit):
+            builds.main([*arguments, *small])
+        assert message in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert builds.main([f"one={folder}", "--device", "cuda"]) == 1
+        assert "benchmarks/builds.py: process ended" in capsys.readouterr().err
+
+
 def test_kernels_of_a_profile():
     """Kernels are told apart and given to products by the order of their launches."""
     import kernels
@@ -251,6 +285,10 @@ def test_kernels_of_a_profile():
         {"mixtral": rows}, {"command": "python benchmarks/kernels.py", "gpu": "some"}, 2, "zipf", "bfloat16"
     )
     assert " 2 (50.00) |" in page and "- gpu: some\n" in page and "bmm    100.0 us" in kernels.line("mixtral", up)
+
+    # The second waits until the first has ended.
+    begins_early = [mark, kernels.Kernel("first", 5.0, 5.0), kernels.Kernel("second", 8.0, 6.0)]
+    assert kernels.split(begins_early) == [[kernels.Kernel("first", 5.0, 5.0), kernels.Kernel("second", 10.0, 4.0)]]
 
     with pytest.raises(RuntimeError, match="expected the kernels"):
         kernels.rows_of_case(shape, launches, [step[:-1]], bmm)
