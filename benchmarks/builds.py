@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from harness import shuffled_rounds
 from problem import TOLERANCE
-from shapes import ROUTINGS, SHAPES, Shape, parse_shape
+from shapes import ROUTINGS, Shape, add_shapes
 from worker import Worker, WorkerError
 
 TIMEOUT = 300.0  # seconds for one request
@@ -63,10 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "builds", nargs="+", type=parse_build, metavar="NAME=FOLDER", help="the first is what others are compared with"
     )
-    parser.add_argument(
-        "--shapes", nargs="+", type=parse_shape, default=list(SHAPES.items()), metavar="SHAPE",
-        help=f"{', '.join(SHAPES)}, or T,H,I,E,K (all)",
-    )  # fmt: skip
+    add_shapes(parser)
     parser.add_argument("--routing", choices=ROUTINGS, default="balanced")
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="bfloat16")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")

@@ -31,7 +31,7 @@ from harness import environment, shuffled_rounds, write_json
 from peers import IMPLEMENTATIONS
 from problem import TOLERANCE
 from report import merge, print_row, summarize_rows, write_docs
-from shapes import HOST_SHAPE, ROUTINGS, SHAPES, Shape, parse_shape
+from shapes import HOST_SHAPE, ROUTINGS, Shape, add_shapes
 from worker import Worker, WorkerError
 
 MODES = ("train", "inference")
@@ -288,10 +288,7 @@ class Benchmark:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--shapes", nargs="+", type=parse_shape, default=list(SHAPES.items()), metavar="SHAPE",
-        help=f"{', '.join(SHAPES)}, or T,H,I,E,K (all)",
-    )  # fmt: skip
+    add_shapes(parser)
     parser.add_argument("--impls", nargs="+", choices=list(IMPLEMENTATIONS), default=list(IMPLEMENTATIONS))
     parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
     parser.add_argument(

@@ -23,7 +23,7 @@ import torch
 from harness import environment, markdown_table, shuffled_rounds, write_json
 from peers import ceiling, ours
 from problem import TOLERANCE, Problem
-from shapes import ROUTINGS, SHAPES, Shape, parse_shape
+from shapes import ROUTINGS, Shape, add_shapes
 
 import scattermoe
 
@@ -249,10 +249,7 @@ class Case:
 def main(arguments: list[str] | None = None) -> int:
     """Runs what the command line asks for; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--shapes", nargs="+", type=parse_shape, default=list(SHAPES.items()), metavar="SHAPE",
-        help=f"{', '.join(SHAPES)}, or T,H,I,E,K (all)",
-    )  # fmt: skip
+    add_shapes(parser)
     parser.add_argument("--routing", choices=ROUTINGS, default="balanced")
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=7, help="profiled steps (%(default)s)")

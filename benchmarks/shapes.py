@@ -1,5 +1,6 @@
 """The layers that are measured, and how tokens are spread over experts."""
 
+import argparse
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,14 @@ def parse_shape(text: str) -> tuple[str, Shape]:
     if shape.top_k > shape.num_experts:
         raise ValueError(f"expected K <= E, got {text}")
     return text, shape
+
+
+def add_shapes(parser: argparse.ArgumentParser) -> None:
+    """The option --shapes, all of them by default."""
+    parser.add_argument(
+        "--shapes", nargs="+", type=parse_shape, default=list(SHAPES.items()), metavar="SHAPE",
+        help=f"{', '.join(SHAPES)}, or T,H,I,E,K (all)",
+    )  # fmt: skip
 
 
 def draw_expert_ids(shape: Shape, routing: str, generator: torch.Generator) -> Tensor:
