@@ -1,6 +1,6 @@
 """A SwiGLU MoE layer on one GPU: this library, its peers, and what cuBLAS makes of the same products.
 
-    python benchmarks/gpu.py --peer-path ~/peers                              # everything that is installed or in ~/peers
+    python benchmarks/gpu.py --peer-path packages/*                           # everything that is installed or in packages
     python benchmarks/gpu.py --shapes mixtral olmoe --impls scattermoe ceiling --time-budget 120
     python benchmarks/gpu.py --json benchmarks/results/gpu.json --docs docs   # also docs/benchmarks.md and its plots
     python benchmarks/gpu.py --from-json benchmarks/results/gpu.json --docs docs
@@ -12,8 +12,8 @@ What is timed begins with the experts' ids and gates and includes whatever an im
 and tuning are over before.
 
 An implementation that is not installed, fails, or runs out of memory is a row with its reason. Peers are looked for where
-Python finds packages and, first, in the folders given by --peer-path (each like a site-packages folder). ScatterMoE's
-Triton package has this library's name: it must be in such a folder.
+Python finds packages and, first, in the folders given by --peer-path (each like a site-packages folder);
+benchmarks/install_peers.sh makes such folders. ScatterMoE's Triton package has this library's name: it must be in one.
 """
 
 import argparse
