@@ -42,7 +42,7 @@ def compare(workers: dict[str, Worker], shape: Shape, options: argparse.Namespac
         worker.ask("first_step", TIMEOUT)
     times: dict[str, list[float]] = {name: [] for name in workers}
     for round_number, name in shuffled_rounds(workers, options.rounds + 1):
-        reply = workers[name].ask("sustain", TIMEOUT, mode="train", ms=options.ms)
+        reply = workers[name].ask("sustain", TIMEOUT, ms=options.ms)
         if round_number > 0:
             times[name].append(reply["ms"])
     for worker in workers.values():

@@ -112,15 +112,14 @@ class Server:
         self.give_back_memory()
         return {"ms": milliseconds}
 
-    def sustain(self, mode: str, ms: float) -> dict:
-        """Milliseconds of a step among steps that follow each other for so many milliseconds, after some untimed ones."""
-        step = {"train": self.train_step, "inference": self.inference_step}[mode]
+    def sustain(self, ms: float) -> dict:
+        """Milliseconds of a step of training among those that follow each other for so many, after some untimed ones."""
 
         def run(steps: int) -> float:
             self.synchronize()
             began = time.perf_counter()
             for _ in range(steps):
-                step()
+                self.train_step()
             self.synchronize()
             return 1e3 * (time.perf_counter() - began) / steps
 
