@@ -251,7 +251,7 @@ def test_kernels_of_a_profile():
     shape = SHAPES["mixtral"]
     launches = kernels.launches_of_step(shape, "bfloat16", "sm_90")
     products = [product for launch in launches if (product := kernels.product_of(launch))]
-    assert products == ["up", "down", "dO W_down", "dW_down", "dz W_up", "dW_up"]
+    assert products == ["up", "down", "dO W_down", "dz W_up", "dW_down", "dW_up"]
     assert sorted(products) == sorted(kernels.PRODUCTS)
     mark = kernels.Kernel("void at::native::kernel<at::native::bitwise_not_kernel_cuda()>", 0.0, 5.0)
 

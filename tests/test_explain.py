@@ -103,8 +103,9 @@ def test_sum_beside_a_gradient_of_weights() -> None:
     assert places(hidden_size=504) == [grad, gemm, f"sum and {grad}"]
     # By itself where the gradient of w_up is larger than the rows, but not than what the gradient of w_down is computed from.
     assert places(hidden_size=64, intermediate_size=1024) == [grad, gemm, "combine_kernel", grad]
-    # Or so short beside that gradient that a fourth warpgroup costs more.
-    assert places(intermediate_size=8192, num_experts=64) == [grad, gemm, "combine_kernel", grad]
+    # Or so short beside that gradient that a fourth warpgroup costs more: then behind it, where the rows find room.
+    assert places(intermediate_size=8192, num_experts=64) == [gemm, grad, "combine_kernel", grad]
+    assert places(intermediate_size=8192, num_experts=4, hidden_size=1024) == [grad, gemm, "combine_kernel", grad]
     # Kernels that have no fourth warpgroup.
     other: dict[str, Any]
     for other in ({"dtype": "float32"}, {"hidden_size": 1020}, {"device": "sm_80"}):

@@ -2,8 +2,11 @@
 
 // Programmatic dependent launch: a kernel's blocks are there, and have set themselves up, when the last of the kernel
 // before are done. Whoever is launched so must call begin_dependent() before it touches memory that others write or
-// read. What was written before the kernel before began is there without that, for no kernel lets the next begin before
-// it has waited itself.
+// read. What was written before the kernel before began is there without that, where that one has called it.
+//
+// A kernel that needs nothing of the one before, and writes where that one and what was freed since are not, may call
+// begin_beside() in place of it: its blocks take the SMs that the other's last tiles leave idle. It has to call
+// end_beside() in the end, so that whoever waits for it has waited for the one before as well.
 
 #include <cuda_runtime.h>
 
@@ -17,6 +20,14 @@ namespace scattermoe::kernels {
 __device__ __forceinline__ void begin_dependent() {
     ptx::grid_dependency_wait();
     ptx::grid_launch_dependents();
+}
+
+__device__ __forceinline__ void begin_beside() {
+    ptx::grid_launch_dependents();
+}
+
+__device__ __forceinline__ void end_beside() {
+    ptx::grid_dependency_wait();
 }
 
 // In an attribute of a launch. Code for older GPUs, also where it runs on a newer one, does not wait: it must not begin

@@ -74,6 +74,9 @@ struct WeightGradParams {
     const int32_t* expert_offsets = nullptr;  // [E + 1]
     // Whether a kernel was launched since the one that wrote the offsets: they can be read while it still runs.
     bool offsets_are_old = false;
+    // Whether one was launched since those that wrote left and right, and whatever is done with the memory of out was
+    // launched before that one: nothing but `beside` has to wait for it (dependent_launch.h).
+    bool operands_are_old = false;
     int32_t num_experts = 0;
     int32_t num_slots = 0;
     int32_t m = 0;

@@ -159,20 +159,27 @@ constexpr GemmChoice select_gemm(const GemmQuery& query) {
 
 // ---- Other kernels ----
 
-// An MLP's backward: what is computed beside the sum over slots of the rows dz W_up, that is dL/dx.
-enum class SumPlace : int { kAlone, kBesideDownGradient, kBesideUpGradient };
+// An MLP's backward: where the sum over slots of the rows dz W_up, that is dL/dx, has its place: right behind those
+// rows, or beside a gradient of weights that comes right behind them, or behind dL/dW_down that does.
+enum class SumPlace : int { kAlone, kBesideDownGradient, kBesideUpGradient, kBehindDownGradient };
 
 // Sizes of the MLP: up_rows are the rows of w_up, 2 width where the activation is gated. A sum that waits for a
 // gradient of weights keeps its rows in memory beside it. With dL/dW_down, computed after dz W_up then and not before,
 // the peak grows by no more than the S width elements that dL/dW_down is computed from; with dL/dW_up by that gradient
 // or by the rows, the smaller of the two. So dL/dW_down it is where it takes less, and where it takes long enough to
 // hide the sum: the time of either is proportional to S H, and the quotient is the width.
+//
+// A gradient right behind a product begins on SMs that the last tiles of that leave idle, which is worth most where
+// tiles take long. So it comes there also without a sum beside it, where the rows find room in what dL/dW_up takes
+// later.
 constexpr SumPlace place_of_sum(int64_t num_slots, int64_t num_experts, int64_t hidden, int64_t width,
                                 int64_t up_rows) {
     constexpr int64_t kLongWidth = 512, kTooLongWidth = 4096;
     const int64_t gated_hidden = num_slots * width, up_gradient = num_experts * up_rows * hidden;
     const bool rows_are_larger = num_slots >= num_experts * up_rows;  // than dL/dW_up
-    if (width > kTooLongWidth) return SumPlace::kAlone;  // a helper costs the gradient more than the sum takes
+    if (width > kTooLongWidth) {  // a helper costs the gradient more than the sum takes
+        return gated_hidden + num_slots * hidden <= up_gradient ? SumPlace::kBehindDownGradient : SumPlace::kAlone;
+    }
     if (rows_are_larger && (width < kLongWidth || up_gradient < gated_hidden)) return SumPlace::kBesideUpGradient;
     return gated_hidden <= up_gradient ? SumPlace::kBesideDownGradient : SumPlace::kAlone;
 }

@@ -1,5 +1,7 @@
 #include "explain.h"
 
+#include <algorithm>
+#include <cstdint>
 #include <stdexcept>
 
 #include "../kernels/select.h"
@@ -43,8 +45,10 @@ class Launches {
         if (on_cpu()) return cpu_product(step);
         const kernels::GemmChoice choice = select(p);
         if (choice.engine == GemmEngine::kHopper) {
-            return hopper(step, "sm90::grouped_gemm_kernel",
-                          kernels::sm90::select_store_tile(p.n, p.k, p.gathered, p.k_contiguous));
+            return hopper(
+                step, "sm90::grouped_gemm_kernel",
+                kernels::sm90::select_store_tile(p.n, p.k, num_slots() / std::max<int64_t>(query_.num_experts, 1),
+                                                 p.gathered, p.k_contiguous));
         }
         portable(step, "grouped_gemm_kernel", choice);
     }
@@ -239,8 +243,13 @@ void moe_mlp_backward(Launches& out) {
     const WeightGradient w_down{q.hidden_size, q.intermediate_size, /*left_gathered=*/true, /*right_gathered=*/false};
     const WeightGradient w_up{up_features(q), q.hidden_size, /*left_gathered=*/false, /*right_gathered=*/true};
     SumPlace place = kernels::place_of_sum(out.num_slots(), q.num_experts, q.hidden_size, q.intermediate_size, w_up.m);
-    if (!out.combines_beside(place == SumPlace::kBesideDownGradient ? w_down : w_up)) place = SumPlace::kAlone;
+    if ((place == SumPlace::kBesideDownGradient && !out.combines_beside(w_down)) ||
+        (place == SumPlace::kBesideUpGradient && !out.combines_beside(w_up))) {
+        place = SumPlace::kAlone;
+    }
 
+    const bool behind_down = place == SumPlace::kBehindDownGradient;
+    const bool rows_first = behind_down || place == SumPlace::kBesideDownGradient;
     const auto rows_of_x = [&] {
         out.product("gradient of x", {q.hidden_size, up_features(q), /*gathered=*/false, q.transposed});
     };
@@ -250,11 +259,13 @@ void moe_mlp_backward(Launches& out) {
     };
     if (q.bias) out.bias_gradient("gradient of down_bias", q.hidden_size);
     out.down_projection_backward({q.intermediate_size, q.hidden_size, /*gathered=*/true, q.transposed});
-    if (place == SumPlace::kBesideDownGradient) rows_of_x();
+    const auto sum_of_x = [&] { out.rows("gradient of x, sum over experts", "combine_kernel", q.hidden_size); };
+    if (rows_first) rows_of_x();
     weight_gradient("gradient of w_down", w_down, SumPlace::kBesideDownGradient);
+    if (behind_down) sum_of_x();
     if (q.bias) out.bias_gradient("gradient of up_bias", up_features(q));
-    if (place != SumPlace::kBesideDownGradient) rows_of_x();
-    if (place == SumPlace::kAlone) out.rows("gradient of x, sum over experts", "combine_kernel", q.hidden_size);
+    if (!rows_first) rows_of_x();
+    if (place == SumPlace::kAlone) sum_of_x();
     weight_gradient("gradient of w_up", w_up, SumPlace::kBesideUpGradient);
 }
 

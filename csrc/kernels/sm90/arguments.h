@@ -132,7 +132,8 @@ struct WeightGradArguments {
     CUtensorMap out_map;    // [E, m, n]
     GatheredMatrix gathered;
     const int32_t* expert_offsets;
-    bool offsets_are_old;  // as in WeightGradParams
+    bool offsets_are_old;   // as in WeightGradParams
+    bool operands_are_old;  // likewise
     int num_experts;
     int tiles_m;
     int tiles_n;

@@ -112,6 +112,7 @@ class GatheredDepthRows {
             for (int i = 0; i < kCopies; ++i)
                 ptx::cp_async_16(place(i), source_[i]);
         } else {
+            __syncwarp();  // a branch, not a predicate on every copy
             const int left = depth - first;
 #pragma unroll
             for (int i = 0; i < kCopies; ++i) {

@@ -168,7 +168,9 @@ cudaError_t grouped_gemm(const GroupedGemmParams& p, Tile tile, cudaStream_t str
 }
 
 cudaError_t grouped_gemm(const GroupedGemmParams& p, cudaStream_t stream) {
-    return grouped_gemm(p, select_store_tile(p.n, p.k, is_gathered(p.in_rows), p.weight_k_stride == 1).tile, stream);
+    const int64_t rows = p.num_slots / p.num_experts;
+    const bool k_contiguous = p.weight_k_stride == 1;
+    return grouped_gemm(p, select_store_tile(p.n, p.k, rows, is_gathered(p.in_rows), k_contiguous).tile, stream);
 }
 
 // ---- With the activation ----
@@ -305,6 +307,7 @@ cudaError_t weight_grad(const WeightGradParams& p, Tile tile, cudaStream_t strea
                                              : gathered_matrix(p.right, p.right_stride, p.n, p.right_rows);
     a.expert_offsets = p.expert_offsets;
     a.offsets_are_old = p.offsets_are_old;
+    a.operands_are_old = p.operands_are_old;
     a.num_experts = p.num_experts;
     a.m = transposed ? p.n : p.m;
     a.n = transposed ? p.m : p.n;

@@ -61,10 +61,12 @@ struct Mainloop {
         b = __shfl_sync(kFullWarp, b, 0);
         constexpr int kAtOnce = kWidth < kColumns ? kWidth : kColumns;
         auto multiply = [&](int k_block, bool accumulate) {
+            // Known to be the same in all lanes, it lets the addresses be added up once for the warp.
+            const int stage = __shfl_sync(kFullWarp, at.stage, 0);
             ring.wait_full(at);
             prepare(k_block, at.stage);
-            const uint32_t a_stage = a + at.stage * (kShape.a_bytes() / 16);
-            const uint32_t b_stage = b + at.stage * (kShape.b_bytes() / 16);
+            const uint32_t a_stage = a + stage * (kShape.a_bytes() / 16);
+            const uint32_t b_stage = b + stage * (kShape.b_bytes() / 16);
             ptx::wgmma_fence();
 #pragma unroll
             for (int step = 0; step < kStageK / 16; ++step) {

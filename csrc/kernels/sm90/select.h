@@ -22,8 +22,12 @@ constexpr bool wastes_more(int64_t n, int tile, int other, int part) {
 // Longer ones read so much for a tile that nobody finds in L2 what was read for the tile before.
 inline constexpr int64_t kLongContraction = 8192;
 
-// out = in W^T, k: the contraction.
-constexpr TileChoice select_store_tile(int64_t n, int64_t k, bool gathered, bool weight_k_contiguous) {
+// From how many rows of an expert on, in the mean, pairs of 128 of them are worth it where the contraction is short.
+inline constexpr int64_t kManyRows = 1024;
+
+// out = in W^T, k: the contraction, rows: an expert's, in the mean. Where tiles of 256 columns fit, it is pairs that
+// are held, and stored between the next tile's products; but for contractions so short that there is little in between.
+constexpr TileChoice select_store_tile(int64_t n, int64_t k, int64_t rows, bool gathered, bool weight_k_contiguous) {
     if (gathered) {
         if (weight_k_contiguous && wastes_more(n, 256, 192, 64)) {
             return {Tile::kPingPong128x192, "ping-pong 128x192: fewer columns for nothing than 128x256"};
@@ -32,7 +36,8 @@ constexpr TileChoice select_store_tile(int64_t n, int64_t k, bool gathered, bool
     }
     if (!wastes_more(n, 256, 192, 20) && !wastes_more(n, 256, 128, 20)) {
         if (k > kLongContraction) return {Tile::kCooperative128x256, "cooperative 128x256: memory is read the least"};
-        if (k > 1024) return {Tile::kPaired128x256, "paired 128x256: the least traffic for each product"};
+        if (k > 512 || (k == 512 && rows >= kManyRows))
+            return {Tile::kPaired128x256, "paired 128x256: the least traffic for each product"};
         if (k <= 256) return {Tile::kCooperative128x256, "cooperative 128x256: few stages a tile"};
     }
     if (!wastes_more(n, 192, 128, 24)) {

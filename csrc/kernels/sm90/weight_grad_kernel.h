@@ -299,8 +299,9 @@ struct WeightGrad {
     // NaN.
     __device__ __forceinline__ static void zero_tail(uint32_t shared, int stage, int depth, int consumer) {
         constexpr int kWriters = kShape.ping_pong ? kWarpgroupThreads : kConsumers * kWarpgroupThreads;
-        const int thread =
-            static_cast<int>(threadIdx.x) - kWarpgroupThreads - (kShape.ping_pong ? consumer * kWriters : 0);
+        int thread = static_cast<int>(threadIdx.x) - kWarpgroupThreads - (kShape.ping_pong ? consumer * kWriters : 0);
+        // Nothing of this is to be worked out for stages that have no tail.
+        asm volatile("" : "+r"(thread), "+r"(depth));
         const auto zero_rows = [&](uint32_t operand, int blocks) {
             for (int block = 0; block < blocks; ++block) {
                 for (int chunk = depth * 8 + thread; chunk < kStageK * 8; chunk += kWriters) {
@@ -471,7 +472,11 @@ __global__ void __launch_bounds__(block_threads(kVariant == GradVariant::kBeside
         queue.init();
     }
     sync_block<kTile>();
-    if (p.offsets_are_old) begin_dependent();
+    if (p.operands_are_old) {
+        begin_beside();
+    } else if (p.offsets_are_old) {
+        begin_dependent();
+    }
     if (threadIdx.x < kWarpgroupThreads) {
         ptx::setmaxnreg_decrease<kBudget.producer>();
         if constexpr (Grad::kGathers) {
@@ -484,9 +489,11 @@ __global__ void __launch_bounds__(block_threads(kVariant == GradVariant::kBeside
         Grad::multiply(p, ring, queue, shared);
     } else if constexpr (kCombines) {
         ptx::setmaxnreg_decrease<kBudget.helper>();
+        if (p.operands_are_old) end_beside();
         combine_tokens<Element>(p.beside);
     }
     leave_block<kTile>();
+    if (p.operands_are_old) end_beside();
 }
 
 }  // namespace scattermoe::kernels::sm90

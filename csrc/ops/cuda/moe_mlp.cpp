@@ -70,8 +70,9 @@ std::tuple<at::Tensor, at::Tensor> moe_mlp_forward_cuda(
 //
 // The order is that of the least memory: of what has a row for each slot no two are there at a time that need not be,
 // and the gradient of w_up, the largest, is made when only dL/dz is left beside it. But for the rows dL/dz W_up: where
-// their sum can run beside a gradient of weights and place_of_sum() finds it worth the memory, they stay for it. With
-// kOverZ dL/dz takes the place of z, element by element.
+// place_of_sum() finds it worth the memory, they come right before a gradient of weights, which then begins before they
+// are all there, and stay until it has summed them, where it can, or is done. With kOverZ dL/dz takes the place of z,
+// element by element.
 template <bool kOverZ>
 MoeMlpGrads moe_mlp_backward_cuda(const at::Tensor& grad_, const at::Tensor& x, const at::Tensor& w_up,
                                   const at::Tensor& w_down, const std::optional<at::Tensor>& b_down,
@@ -130,8 +131,9 @@ MoeMlpGrads moe_mlp_backward_cuda(const at::Tensor& grad_, const at::Tensor& x, 
                               const at::Tensor& weight) {
         return need_x && needed && cuda::combines_beside(kOp, left, right, weight, groups, allow_tf32);
     };
-    if (!(place == SumPlace::kBesideDownGradient ? combines(need_w_down, grad_rows, hidden_rows, w_down)
-                                                 : combines(need_w_up, z_rows, x_rows, w_up))) {
+    if ((place == SumPlace::kBesideDownGradient && !combines(need_w_down, grad_rows, hidden_rows, w_down)) ||
+        (place == SumPlace::kBesideUpGradient && !combines(need_w_up, z_rows, x_rows, w_up)) ||
+        (place == SumPlace::kBehindDownGradient && !need_w_down)) {
         place = SumPlace::kAlone;
     }
 
@@ -143,23 +145,32 @@ MoeMlpGrads moe_mlp_backward_cuda(const at::Tensor& grad_, const at::Tensor& x, 
                     /*gates=*/at::Tensor(), slot_position, top_k, /*grouped=*/true);
         grad_x = sum->out();
     };
-    const auto weight_gradient = [&](const cuda::MappedRows& left, const cuda::MappedRows& right,
-                                     const at::Tensor& weight) {
-        at::Tensor out = weight.is_contiguous() ? at::empty(weight.sizes(), weight.options()) : at::empty_like(weight);
-        cuda::weight_gradient(kOp, left, right, out, groups, allow_tf32, sum ? &*sum : nullptr);
-        sum.reset();
-        return out;
-    };
-    if (need_x && place == SumPlace::kBesideDownGradient) make_sum();
-    if (need_w_down) grad_w_down = weight_gradient(grad_rows, hidden_rows, w_down);
-    hidden_rows.tensor.reset();
-    if (need_b_up) grad_b_up = cuda::bias_gradient(kOp, z_rows, /*gates=*/at::Tensor(), groups);
-    if (need_x && place != SumPlace::kBesideDownGradient) make_sum();
-    if (sum && place == SumPlace::kAlone) {
+    const auto compute_sum = [&] {
         sum->launch();
         sum.reset();
+    };
+    const auto make_weight_gradient = [&](const cuda::MappedRows& left, const cuda::MappedRows& right,
+                                          const at::Tensor& weight, bool behind_rows, bool beside_sum) {
+        // In this order: the gradient must not be where something was that the rows are computed from.
+        at::Tensor out = weight.is_contiguous() ? at::empty(weight.sizes(), weight.options()) : at::empty_like(weight);
+        if (behind_rows) make_sum();
+        cuda::weight_gradient(kOp, left, right, out, groups, allow_tf32, beside_sum ? &*sum : nullptr, behind_rows);
+        if (beside_sum) sum.reset();
+        return out;
+    };
+    const bool beside_down = need_x && place == SumPlace::kBesideDownGradient;
+    const bool behind_down = need_x && place == SumPlace::kBehindDownGradient;
+    const bool beside_up = need_x && place == SumPlace::kBesideUpGradient;
+    if (need_w_down)
+        grad_w_down = make_weight_gradient(grad_rows, hidden_rows, w_down, beside_down || behind_down, beside_down);
+    hidden_rows.tensor.reset();
+    if (behind_down) compute_sum();
+    if (need_b_up) grad_b_up = cuda::bias_gradient(kOp, z_rows, /*gates=*/at::Tensor(), groups);
+    if (need_x && place == SumPlace::kAlone) {
+        make_sum();
+        compute_sum();
     }
-    if (need_w_up) grad_w_up = weight_gradient(z_rows, x_rows, w_up);
+    if (need_w_up) grad_w_up = make_weight_gradient(z_rows, x_rows, w_up, beside_up, beside_up);
     return {or_empty(grad_x, grad),      or_empty(grad_w_up, grad),   or_empty(grad_b_up, grad),
             or_empty(grad_w_down, grad), or_empty(grad_b_down, grad), or_empty(grad_gates, grad)};
 }

@@ -198,7 +198,7 @@ bool combines_beside(const char* op, const MappedRows& left, const MappedRows& r
 }
 
 void weight_gradient(const char* op, const MappedRows& left, const MappedRows& right, const at::Tensor& out,
-                     const Groups& groups, bool allow_tf32, const SlotSum* beside) {
+                     const Groups& groups, bool allow_tf32, const SlotSum* beside, bool operands_are_old) {
     if (out.numel() == 0) {
         if (beside != nullptr) beside->launch();
         return;
@@ -206,7 +206,7 @@ void weight_gradient(const char* op, const MappedRows& left, const MappedRows& r
     if (!has_adjacent_columns(out)) {
         if (out.stride(1) == 1 || out.size(1) <= 1) {
             // The transposed product has its rows where out has its columns.
-            weight_gradient(op, right, left, out.transpose(1, 2), groups, allow_tf32, beside);
+            weight_gradient(op, right, left, out.transpose(1, 2), groups, allow_tf32, beside, operands_are_old);
         } else {
             const at::Tensor contiguous = at::empty(out.sizes(), out.options());
             weight_gradient(op, left, right, contiguous, groups, allow_tf32, beside);
@@ -218,6 +218,8 @@ void weight_gradient(const char* op, const MappedRows& left, const MappedRows& r
     kernels::WeightGradParams p = weight_grad_params(op, l, r, out, groups, allow_tf32);
     p.out = out.mutable_data_ptr();
     p.offsets_are_old = groups.offsets_are_old();
+    p.operands_are_old =
+        operands_are_old && p.offsets_are_old && l.tensor.is_same(left.tensor) && r.tensor.is_same(right.tensor);
     if (beside != nullptr) p.beside = &beside->params();
     if (kernels::counts_tiles(p)) p.tile_counter = groups.next_counter();
     check_launch(op, kernels::weight_grad(p, current_stream()),

@@ -105,9 +105,11 @@ at::Tensor combine_rows(const char* op, const at::Tensor& rows, const at::Tensor
                         const at::Tensor& slot_position, int64_t top_k, bool grouped);
 
 // out[e] = sum over the positions of e of left[position]^T right[position], into a tensor [E, m, n] of any strides; and
-// a sum that was made but not launched.
+// a sum that was made but not launched. operands_are_old: a product was launched since left and right were written and
+// out was made.
 void weight_gradient(const char* op, const MappedRows& left, const MappedRows& right, const at::Tensor& out,
-                     const Groups& groups, bool allow_tf32, const SlotSum* beside = nullptr);
+                     const Groups& groups, bool allow_tf32, const SlotSum* beside = nullptr,
+                     bool operands_are_old = false);
 
 // Whether a gradient of weights like `weight` is computed by a kernel that takes a sum along; left and right have
 // contiguous rows.
