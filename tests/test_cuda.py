@@ -324,7 +324,8 @@ def test_weight_gradient_right_behind_its_routing(dtype: torch.dtype) -> None:
     assert_same([gradient(ids, wait=False) for ids in all_ids], expected)
 
 
-# Nor write where that one reads: here the copy of w_up, which the library makes and frees, of half a product's time.
+# Nor may it write where that one reads: here w_up's columns are not adjacent, so the product reads a copy, which the library
+# frees as soon as the product is launched.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width", [256, 1024, 4608])
 def test_weight_gradient_right_behind_the_rows(dtype: torch.dtype, width: int) -> None:
